@@ -1,0 +1,831 @@
+"""One study as one file: report.html, with its figures inside, beside them as PNG, and its numbers as JSON.
+
+    verdict (held-out, causal)   eta   curves   pictures, captions   routing maps   routers   cost   commands
+
+The page needs no network and no script, and prints. Every number names its routing mode: `causal` (a model
+without routers), `aux` (auxiliary routers, causal), `train` (expert choice over the micro-batch: sees the future).
+Quality is claimed with at least three paired seeds and an interval that excludes zero; else the page says so.
+Whatever comes out of data (prompts, captions, tokens, paths) is escaped. Refuses generated files outside their
+folder and a page of more than 5 MB.
+"""
+
+import base64
+import html
+import io
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import PIL
+from PIL import Image
+
+from moma import __version__
+from moma.analysis import figures, routing_maps
+from moma.analysis.runs import Run
+from moma.analysis.speedup import (
+    LOSSES,
+    SEEDS_FOR_A_CLAIM,
+    SMOOTHING,
+    Eta,
+    Interval,
+    curve,
+    eta,
+    interval,
+    paired,
+)
+
+MOST_BYTES = 5_000_000
+MOST_PROMPTS, MOST_SAMPLES, MOST_CHARACTERS = 24, 4, 280
+TOP_TOKENS = 6
+HELD_OUT = {
+    "all targets": "loss",
+    "text": "loss_text",
+    "text without structural tokens": "loss_text_plain",
+    "image": "loss_image",
+}
+_BASELINE_OF = {"loss_text": "text_bigram", "loss_image": "image_position_unigram"}
+_MODES = {
+    "causal": "causal: no routers",
+    "aux": "aux: causal, auxiliary routers",
+    "threshold": "threshold: causal, cut-offs",
+    "train": "train: expert choice, sees the future",
+}
+
+
+class Html(str):
+    """Text that is markup already; everything else is escaped."""
+
+
+@dataclass(frozen=True)
+class Generations:
+    """What one model generated: entries of a generations.json; `mode` is its routing mode."""
+
+    label: str
+    mode: str
+    folder: Path
+    entries: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One held-out loss, dense against a sparse variant in one causal mode; means over paired seeds, in nats."""
+
+    variant: str
+    mode: str
+    what: str
+    dense: float
+    sparse: float
+    difference: Interval  # sparse minus dense
+    baseline: float | None
+
+    @property
+    def lower(self) -> str:
+        """The model with the lower mean: an observation, no claim."""
+        return self.variant if self.difference.mean < 0 else "dense"
+
+    @property
+    def verdict(self) -> str:
+        """The claim that the seeds allow."""
+        n = self.difference.n
+        if n < SEEDS_FOR_A_CLAIM:
+            return "one seed: no verdict" if n == 1 else f"{n} seeds: no verdict"
+        return f"{self.lower} is better" if self.difference.excludes(0.0) else "no difference shown"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """eta of one variant on one training loss: per paired seed, with an interval where all seeds reach it."""
+
+    variant: str
+    what: str
+    per_seed: tuple[Eta, ...]
+    interval: Interval | None
+    gap: Interval  # sparse minus dense, nats, at equal training FLOPs
+
+
+def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
+    """The generations.json in `folder`, labelled with the variant of its run; raises ValueError."""
+    path = folder / "generations.json"
+    if not path.is_file():
+        raise ValueError(f"got no {path}, need a folder that `moma generate` wrote: check generations=[...]")
+    try:
+        record = json.loads(path.read_text())
+        entries = tuple(record["entries"])
+        for entry in entries:
+            entry["prompt"], entry["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"got a damaged {path} ({type(error).__name__}: {error}), need entries with prompt and kind: "
+            "run moma generate again"
+        ) from None
+    name = Path(str(record.get("run", ""))).name
+    label = next((run.variant for run in runs if name in _names(run)), None)
+    return Generations(
+        label or str(record.get("feed_forward") or folder.name), str(record.get("mode", "?")), folder, entries
+    )
+
+
+def held_out(runs: Sequence[Run]) -> list[Row]:
+    """Held-out losses of every sparse variant against dense, per causal mode and modality, paired by seed."""
+    rows = []
+    for variant in _sparse(runs):
+        pairs = [(d, s) for d, s in paired(runs, variant) if d.eval and s.eval]
+        for mode in dict.fromkeys(mode for _, s in pairs for mode in figures.causal_losses(s)):
+            for what, key in HELD_OUT.items():
+                values = [
+                    (d.eval["loss"]["causal"][key], s.eval["loss"][mode][key])  # type: ignore[index]
+                    for d, s in pairs
+                    if _has(d, "causal", key) and _has(s, mode, key)
+                ]
+                if not values:
+                    continue
+                dense, sparse = np.array(values).T
+                found = pairs[0][0].eval.get("baselines", {}).get(_BASELINE_OF.get(key, ""))  # type: ignore[union-attr]
+                difference = interval(sparse - dense)
+                rows.append(Row(variant, mode, what, dense.mean(), sparse.mean(), difference, found))
+    return rows
+
+
+def speedups(runs: Sequence[Run]) -> list[Speedup]:
+    """eta and the loss gap of every sparse variant, overall, text and image, over paired seeds."""
+    found = []
+    for variant in _sparse(runs):
+        for what, metric in LOSSES.items():
+            pairs = [(curve(d, metric), curve(s, metric)) for d, s in paired(runs, variant)]
+            etas = tuple(eta(d, s) for d, s in pairs if len(d.flops) and len(s.flops))
+            if not etas:
+                continue
+            values = [one.value for one in etas if one.value is not None]
+            over = interval(values, ratio=True) if len(values) == len(etas) else None
+            found.append(Speedup(variant, what, etas, over, interval([one.gap for one in etas])))
+    return found
+
+
+def write_report(
+    runs: Sequence[Run],
+    generations: Sequence[Generations],
+    out: Path,
+    quickstart: dict[str, Any] | None = None,
+) -> Path:
+    """Write out/report.html, out/summary.json and out/figures/*.png; returns the page's path.
+
+    `quickstart`: {"budget": [{"stage", "cpu_s", "wall_s", "command"}], "machine": {...}}. Raises ValueError for
+    no runs, and for a page of more than 5 MB.
+    """
+    if not runs:
+        raise ValueError("got no runs, need at least one: add run folders to runs=[...]")
+    quickstart = quickstart or {}
+    drawn = _draw(runs, generations, out / "figures")
+    rows, etas = held_out(runs), speedups(runs)
+    body = "\n".join(
+        part
+        for part in (
+            _header(runs),
+            _verdict(runs, rows),
+            _eta(runs, etas),
+            _figure(drawn, "loss", "Loss over training FLOPs", _loss_caption(runs)),
+            _losses(runs),
+            _pictures(runs, generations, drawn),
+            _captions(generations),
+            _routing(runs, drawn),
+            _cost(runs),
+            _budget(quickstart),
+            _versions(runs, quickstart),
+        )
+        if part
+    )
+    page = _PAGE.format(title=html.escape(_title(runs)), style=_STYLE, body=body)
+    if len(page.encode()) > MOST_BYTES:
+        raise ValueError(
+            f"got a page of {len(page.encode()) / 1e6:.1f} MB, need at most {MOST_BYTES / 1e6:.0f} MB: "
+            "name fewer runs or generations"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(_summary(runs, rows, etas), indent=1) + "\n")
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def summary_lines(runs: Sequence[Run]) -> list[str]:
+    """The verdict as plain lines for a console."""
+    lines = [
+        f"{row.variant} ({row.mode}) - dense (causal), {row.what}: {row.difference.mean:+.4f} nats; {row.verdict}"
+        for row in held_out(runs)
+    ]
+    lines += [f"eta of {s.variant} (training loss, {s.what}): {_eta_text(s)}" for s in speedups(runs)]
+    return lines
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+def _draw(runs: Sequence[Run], generations: Sequence[Generations], folder: Path) -> dict[str, Path]:
+    """Every figure that the data allow, by name."""
+    palette = figures.colours(_variants(runs))
+    drawn = {"loss": figures.loss_curves(runs)}
+    for run in _first_of_each(runs):
+        found = run.eval or {}
+        if found.get("maps", {}).get("experts"):
+            drawn[f"shares-{run.variant}"] = figures.expert_shares(found["maps"])
+            places = figures.expert_places(found["maps"])
+            if places:
+                drawn[f"places-{run.variant}"] = places
+        if any(found.get("routing", {}).values()):
+            drawn[f"routers-{run.variant}"] = figures.routers(found["routing"], palette[run.variant])
+    entries = _picture_entries(generations)
+    grid = figures.pictures(
+        entries[:MOST_PROMPTS], palette, per_row=2 if len(generations) * _samples(entries) <= 8 else 1
+    )
+    if grid:
+        drawn["pictures"] = grid
+    paths = {}
+    for name, figure in drawn.items():
+        paths[name] = folder / f"{name}.png"
+        figures.save(figure, paths[name], palette=name != "pictures")
+    return paths
+
+
+def _picture_entries(generations: Sequence[Generations]) -> list[figures.Picture]:
+    """Generated pictures by prompt, over all models."""
+    found: dict[str, figures.Picture] = {}
+    for one in generations:
+        for entry in one.entries:
+            if entry["kind"] != "picture":
+                continue
+            prompt = str(entry["prompt"])
+            real = found[prompt].real if prompt in found else None
+            if real is None and entry.get("real"):
+                real = _open(one.folder, entry["real"])
+            known = found[prompt].generated if prompt in found else {}
+            images = [_open(one.folder, name) for name in entry.get("files", [])]
+            both = {**known, one.label: [*known.get(one.label, []), *images][:MOST_SAMPLES]}
+            found[prompt] = figures.Picture(prompt, real, both)
+    return list(found.values())
+
+
+def _samples(entries: Sequence[figures.Picture]) -> int:
+    return max((len(images) for entry in entries for images in entry.generated.values()), default=0)
+
+
+def _open(folder: Path, name: str) -> Image.Image:
+    """A PNG of a generations folder as RGB, at most 256 pixels wide; raises ValueError."""
+    path = (folder / str(name)).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"got the file {name} of {folder}, need one inside that folder: run moma generate again"
+        )
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.thumbnail((256, 256))
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"got an unreadable {path} ({error}), need a PNG: run moma generate again") from None
+
+
+# ---- sections -----------------------------------------------------------------------------------------------------
+
+
+def _header(runs: Sequence[Run]) -> str:
+    run = runs[0]
+    model, data = run.config.get("model", {}), run.config.get("data", {})
+    size, unit = figures.flop_unit(max(float(r.metrics["flops"][-1]) for r in runs))
+    facts = [
+        f"{model.get('n_layers', '?')} layers of dimension {model.get('dim', '?')}",
+        f"corpus {Path(str(data.get('corpus', '?'))).name}",
+        f"{run.meta.get('meter', {}).get('tokens', 0) / 1e6:.2f} M training tokens",
+        f"up to {max(float(r.metrics['flops'][-1]) for r in runs) / size:.1f} training {unit} per model",
+        _count(len({r.seed for r in runs}), "seed"),
+    ]
+    return f"<header><h1>{html.escape(_title(runs))}</h1><p class=sub>{html.escape(' · '.join(facts))}</p></header>"
+
+
+def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    if not rows:
+        return _section(
+            "Verdict",
+            "<p class=banner>No verdict: it needs a dense and a sparse run of the same seeds, both evaluated, the "
+            "sparse one with trained auxiliary routers.</p>",
+        )
+    least = min(row.difference.n for row in rows)
+    if least == 1:
+        banner = "One seed: no verdict on quality. The differences below are one draw each; seeds may reverse them."
+    elif least < SEEDS_FOR_A_CLAIM:
+        banner = f"{least} seeds: no verdict on quality, which needs {SEEDS_FOR_A_CLAIM} paired seeds."
+    else:
+        banner = f"{least} paired seeds: a model is called better where the 95 % t interval excludes 0."
+    head = ["held-out targets", "baseline", "dense (causal)"]
+    parts = [f"<p class=banner>{banner}</p>"]
+    for variant, mode in dict.fromkeys((row.variant, row.mode) for row in rows):
+        own = [row for row in rows if (row.variant, row.mode) == (variant, mode)]
+        body = [
+            [
+                row.what,
+                _value(row.baseline),
+                _mark(_value(row.dense), row.lower == "dense"),
+                _mark(_value(row.sparse), row.lower == variant),
+                _interval(row.difference),
+                f"{row.lower}",
+                row.verdict,
+            ]
+            for row in own
+        ]
+        columns = [*head, f"{variant} ({mode})", "difference", "lower", "verdict"]
+        parts.append(_table(columns, body, numbers=(1, 2, 3, 4)))
+    parts.append(
+        "<p class=note>Cross-entropy in nats per target token on held-out documents, lower is better, means over "
+        "seeds; difference = sparse − dense. Both columns are causal: dense has no routers, the sparse model routes "
+        "by its auxiliary routers (aux). Baseline: bigram for text, per-position unigram for image codes, fitted on "
+        "the training split.</p>"
+    )
+    parts += [f"<p class=warn>{html.escape(note)}</p>" for note in _unfair(runs)]
+    return _section("Verdict", "".join(parts))
+
+
+def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
+    if not etas:
+        return ""
+    body = [
+        [
+            s.variant,
+            s.what,
+            _eta_text(s),
+            _value(float(np.mean([one.target for one in s.per_seed]))),
+            _interval(s.gap),
+        ]
+        for s in etas
+    ]
+    head = ["model", "training loss", "η", "dense's final loss", "gap at equal FLOPs"]
+    note = (
+        "η = training FLOPs of dense to its final loss, over those of the sparse model to first reach it (paper, "
+        f"section 3.1); both losses smoothed by a trailing mean over {SMOOTHING:.0%} of dense's FLOPs. Training "
+        "losses, routed as in training: those of the sparse model see the future (train). Its learning rate has not "
+        "decayed where the lines cross, so η errs towards 1. The FLOPs of the auxiliary routers, trained "
+        "afterwards, are not in it. Gap: sparse − dense in nats."
+    )
+    several = max(len(s.per_seed) for s in etas) > 1
+    note += " Intervals: 95 % t interval over paired seeds, of the logarithm for η." if several else ""
+    return _section(
+        "Speed-up at equal loss", _table(head, body, numbers=(2, 3, 4)) + f"<p class=note>{note}</p>"
+    )
+
+
+def _loss_caption(runs: Sequence[Run]) -> str:
+    seeds = _count(len({run.seed for run in runs}), "seed")
+    return (
+        f"Lines: training loss (trailing mean over {SMOOTHING:.0%} of dense's FLOPs), {seeds}. Circles: held-out "
+        "during training; sparse models route as in training (train: sees the future). Diamonds: held-out at the "
+        "end, causal (dense: no routers; sparse: aux). Dotted: n-gram baselines on the same held-out targets."
+    )
+
+
+def _losses(runs: Sequence[Run]) -> str:
+    body = []
+    for run in runs:
+        for mode, loss in (run.eval or {}).get("loss", {}).items():
+            body.append(
+                [run.variant, str(run.seed[1]), _MODES.get(mode, mode)]
+                + [_value(loss.get(key)) for key in HELD_OUT.values()]
+                + [_integer(loss.get("targets"))]
+            )
+    if not body:
+        return ""
+    for name, value in next(
+        (run.eval["baselines"] for run in runs if run.eval and "baselines" in run.eval), {}
+    ).items():
+        cells = ["", "", "", ""]
+        cells[3 if name.startswith("image") else 1] = _value(value)
+        body.append([f"baseline: {name.replace('_', ' ')}", "", "no model", *cells, ""])
+    head = ["model", "seed", "routing mode", "all", "text", "text, plain", "image", "targets"]
+    batches = next(
+        (run.eval["micro_batches"] for run in runs if run.eval and "micro_batches" in run.eval), None
+    )
+    note = (
+        f"Nats per target token{f' over {batches} held-out micro-batches' if batches else ''}. Text, plain: without "
+        "structural tokens (begin and end of image, end of document). A number in mode train cannot be reached "
+        "when generating."
+    )
+    return _section(
+        "Held-out losses by routing mode", _table(head, body, (3, 4, 5, 6, 7)) + f"<p class=note>{note}</p>"
+    )
+
+
+def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: dict[str, Path]) -> str:
+    parts = []
+    body = []
+    for run in _first_of_each(runs):
+        found = (run.eval or {}).get("pictures")
+        for kind in ("generated", "reconstruction", "unigram"):
+            if found and kind in found:
+                body.append(
+                    [
+                        run.variant,
+                        kind,
+                        f"{found[kind]['kid']:.4f} ± {found[kind]['se']:.4f}",
+                        str(found.get("n", "")),
+                    ]
+                )
+    if body:
+        network = next(
+            (str(r.eval["pictures"].get("network", "?")) for r in runs if r.eval and "pictures" in r.eval),
+            "?",
+        )
+        parts.append(_table(["model", "pictures", "KID (± standard error)", "n"], body, numbers=(2, 3)))
+        parts.append(
+            f"<p class=note>Kernel inception distance to held-out pictures on {html.escape(network)} features, lower "
+            "is better. reconstruction: the held-out pictures through the image tokenizer, the floor; unigram: codes "
+            "drawn per position, no model. Generation is causal (aux for models with routers).</p>"
+        )
+    if "pictures" in drawn:
+        total = len(
+            {entry["prompt"] for one in generations for entry in one.entries if entry["kind"] == "picture"}
+        )
+        which = (
+            f"First {MOST_PROMPTS} of {total} held-out names" if total > MOST_PROMPTS else "Held-out names"
+        )
+        modes = ", ".join(f"{one.label}: {one.mode}" for one in generations)
+        parts.append(
+            _img(drawn["pictures"], "real and generated pictures per name")
+            + f"<figcaption>{which}; real picture, then samples, not selected. Routing modes: "
+            f"{html.escape(modes)}.</figcaption>"
+        )
+    return _section("Pictures from names", "".join(parts)) if parts else ""
+
+
+def _captions(generations: Sequence[Generations]) -> str:
+    by_prompt: dict[str, dict[str, list[str]]] = {}
+    real: dict[str, Html] = {}
+    for one in generations:
+        for entry in one.entries:
+            if entry["kind"] == "caption":
+                prompt = str(entry["prompt"])
+                by_prompt.setdefault(prompt, {}).setdefault(one.label, []).append(str(entry.get("text", "")))
+                if prompt not in real and entry.get("real"):
+                    real[prompt] = _inline(_open(one.folder, entry["real"]), prompt)
+    if not by_prompt:
+        return ""
+    labels = list(dict.fromkeys(one.label for one in generations))
+    modes = {one.label: one.mode for one in generations}
+    body = [
+        [
+            real.get(prompt, ""),
+            prompt,
+            *("\n".join(map(_clip, texts.get(label, [])[:MOST_SAMPLES])) for label in labels),
+        ]
+        for prompt, texts in list(by_prompt.items())[:MOST_PROMPTS]
+    ]
+    note = (
+        f"First {MOST_PROMPTS} of {len(by_prompt)} held-out pictures."
+        if len(by_prompt) > MOST_PROMPTS
+        else ""
+    )
+    head = ["picture", "true name", *(f"{label} ({modes[label]})" for label in labels)]
+    return _section(
+        "Names from pictures", f"<div class=captions>{_table(head, body)}</div><p class=note>{note}</p>"
+    )
+
+
+def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
+    parts = []
+    for run in _first_of_each(runs):
+        found, name = run.eval or {}, html.escape(run.variant)
+        if f"places-{run.variant}" in drawn:
+            parts.append(
+                f"<h3>{name}: where in the picture image experts look</h3>"
+                + _img(drawn[f"places-{run.variant}"], "share of pictures per place, layer and image expert")
+                + "<figcaption>Each square is the picture's grid of codes. Left: expert choice (train: sees the "
+                "future). Right: auxiliary routers (aux: causal).</figcaption>"
+            )
+        if f"shares-{run.variant}" in drawn:
+            parts.append(
+                f"<h3>{name}: how much each expert computes</h3>"
+                + _img(drawn[f"shares-{run.variant}"], "share of tokens per layer and expert")
+                + "<figcaption>Expert choice fixes every expert's load by construction (train); under the auxiliary "
+                "routers it is free (aux).</figcaption>"
+            )
+            parts.append(_top_tokens(found["maps"]))
+        if f"routers-{run.variant}" in drawn:
+            parts.append(
+                f"<h3>{name}: do the auxiliary routers know what expert choice would do?</h3>"
+                + _img(drawn[f"routers-{run.variant}"], "accuracy, AUC and experts per token per layer")
+            )
+            parts.append(_router_table(found["routing"]))
+    return _section("Routing", "".join(parts)) if parts else ""
+
+
+def _top_tokens(maps: dict[str, Any]) -> str:
+    """Tokens by lift, for experts that have any."""
+    layers = maps.get("top_tokens", [])
+    experts = [e for e in range(len(maps["experts"])) if any(e < len(layer) and layer[e] for layer in layers)]
+    if not experts:
+        return ""
+    body = []
+    for number, layer in enumerate(layers):
+        cells = []
+        for e in experts:
+            chips = (
+                f"<code title='lift {lift:.2f}'>{html.escape(_visible(str(token)))}</code>"
+                for token, lift in layer[e][:TOP_TOKENS]
+            )
+            cells.append(Html(" ".join(chips)))
+        body.append([str(number), *cells])
+    note = (
+        "Tokens with the highest lift: their rate among the expert's tokens, over their rate among all text tokens. "
+        "Routing mode train. ␣ is a space, ⏎ a line break."
+    )
+    head = ["layer", *(maps["experts"][e] for e in experts)]
+    return (
+        f"<h3>What text experts pick</h3><div class=tokens>{_table(head, body)}</div><p class=note>{note}</p>"
+    )
+
+
+def _router_table(routing: dict[str, list[dict[str, float]]]) -> str:
+    names = {"training": "training routing", "free_running": "free-running"}
+    keys = ("accuracy", "majority", "auc", "precision", "recall", "experts_true", "experts_predicted")
+    body = [
+        [str(number), names.get(states, states), *(_value(entry.get(key), 3) for key in keys)]
+        for states, entries in routing.items()
+        for number, entry in enumerate(entries)
+    ]
+    head = [
+        "layer",
+        "states of",
+        "accuracy",
+        "majority",
+        "AUC",
+        "precision",
+        "recall",
+        "experts true",
+        "predicted",
+    ]
+    note = (
+        "Per (token, expert) pair. majority: accuracy of the better constant answer. training routing: the model "
+        "routes by expert choice (train). free-running: it routes by its own auxiliary routers (aux), and the "
+        "reference is what expert choice would do on those states. experts: mean per token."
+    )
+    return _table(head, body, tuple(range(2, 9))) + f"<p class=note>{note}</p>"
+
+
+def _cost(runs: Sequence[Run]) -> str:
+    body = []
+    for run in runs:
+        found, meter = run.eval or {}, run.meta.get("meter", {})
+        speed = run.column("tokens_per_second")
+        rate = float(np.median(speed[np.isfinite(speed)])) if np.isfinite(speed).any() else None
+        body.append(
+            [
+                run.variant,
+                str(run.seed[1]),
+                _scaled(found.get("params_total"), 1e6, 2),
+                _scaled(found.get("params_active"), 1e6, 2),
+                _scaled(found.get("flops_per_token_forward"), 1e6, 2),
+                _scaled(found.get("flops_per_token_train"), 1e6, 2),
+                _scaled(meter.get("tokens"), 1e6, 2),
+                _scaled(float(run.metrics["flops"][-1]), 1e12, 1),
+                _integer(rate),
+                _integer(meter.get("seconds", {}).get("train")),
+            ]
+        )
+        if run.routers:
+            extra = run.routers.meta.get("meter", {})
+            spent = float(run.routers.metrics["flops"][-1])
+            body.append(
+                [f"{run.variant}: auxiliary routers", str(run.seed[1]), "", "", "", "", _scaled(extra.get("tokens"), 1e6, 2),
+                 _scaled(spent, 1e12, 1), "", _integer(extra.get("seconds", {}).get("train"))]
+            )  # fmt: skip
+    head = [
+        "model", "seed", "parameters, M", "active, M", "MFLOP/token forward", "MFLOP/token train", "tokens, M",
+        "training TFLOP", "tokens/s", "training s",
+    ]  # fmt: skip
+    note = (
+        "active: parameters that one token meets. Training FLOPs are forward and backward. tokens/s: median over the "
+        "run, evaluation and checkpoints left out. Auxiliary routers are trained after the model and not counted in η."
+    )
+    return _section(
+        "Parameters, FLOPs, throughput", _table(head, body, tuple(range(2, 10))) + f"<p class=note>{note}</p>"
+    )
+
+
+def _budget(quickstart: dict[str, Any]) -> str:
+    stages = quickstart.get("budget", [])
+    if not stages:
+        return ""
+    body = [[str(s["stage"]), _integer(s.get("wall_s")), _integer(s.get("cpu_s"))] for s in stages]
+    wall, cpu = (sum(s.get(key) or 0 for s in stages) for key in ("wall_s", "cpu_s"))
+    body.append(["all", _integer(wall), _integer(cpu)])
+    commands = "\n".join(str(s["command"]) for s in stages if s.get("command"))
+    return _section(
+        "Budget and exact commands",
+        _table(["stage", "wall time, s", "CPU time, s"], body, (1, 2))
+        + f"<pre>{html.escape(commands)}</pre>",
+    )
+
+
+def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
+    body = []
+    for run in (one for run in runs for one in (run, run.routers) if one is not None):
+        git = run.meta.get("git", {})
+        commit = str(git.get("commit", "no checkout"))[:12] + ("" if git.get("clean", True) else ", changed")
+        body.append(
+            [run.name, _integer(run.meta.get("step")), commit, str(run.meta.get("torch", "?")),
+             str(run.meta.get("precision", "?")), str(run.meta.get("threads", "?"))]
+        )  # fmt: skip
+    head = ["run", "step", "commit", "torch", "precision", "threads"]
+    machine = "; ".join(f"{key}: {value}" for key, value in quickstart.get("machine", {}).items())
+    note = (
+        f"Report: moma {__version__}, Python {platform.python_version()}, numpy {np.__version__}, matplotlib "
+        f"{matplotlib.__version__}, pillow {PIL.__version__}." + (f" Machine: {machine}." if machine else "")
+    )
+    details = "".join(
+        f"<details><summary>configuration of {html.escape(run.name)}</summary>"
+        f"<pre>{html.escape(json.dumps(run.config, indent=1))}</pre></details>"
+        for run in (one for run in runs for one in (run, run.routers) if one is not None)
+    )
+    return _section(
+        "Versions and configurations",
+        _table(head, body, (1, 5)) + f"<p class=note>{html.escape(note)}</p>" + details,
+    )
+
+
+# ---- pieces -------------------------------------------------------------------------------------------------------
+
+
+def _summary(runs: Sequence[Run], rows: Sequence[Row], etas: Sequence[Speedup]) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "runs": [{"run": str(run.folder), "variant": run.variant, "seed": list(run.seed)} for run in runs],
+        "smoothing": SMOOTHING,
+        "held_out": [
+            {"variant": r.variant, "mode": r.mode, "targets": r.what, "dense": r.dense, "sparse": r.sparse,
+             "difference": r.difference._asdict(), "verdict": r.verdict}
+            for r in rows
+        ],
+        "eta": [
+            {"variant": s.variant, "targets": s.what, "mode": "train", "per_seed": [one._asdict() for one in s.per_seed],
+             "interval": s.interval._asdict() if s.interval else None, "gap": s.gap._asdict()}
+            for s in etas
+        ],
+    }  # fmt: skip
+
+
+def _unfair(runs: Sequence[Run]) -> Iterable[str]:
+    """What makes the comparison less than equal."""
+    for variant in _sparse(runs):
+        for dense, sparse in paired(runs, variant):
+            a, b = float(dense.metrics["flops"][-1]), float(sparse.metrics["flops"][-1])
+            if abs(a - b) > 0.01 * max(a, b):
+                yield f"Training FLOPs differ: {variant} had {b / a:.2f} times those of dense (seed {dense.seed[1]})."
+            batches = [run.eval.get("micro_batches") for run in (dense, sparse) if run.eval]
+            if len(set(batches)) > 1:
+                yield f"Held-out sets differ: {batches} micro-batches for dense and {variant} (seed {dense.seed[1]})."
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return "moma report: " + " and ".join(_variants(runs))
+
+
+def _variants(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run.variant for run in runs))
+
+
+def _sparse(runs: Sequence[Run]) -> list[str]:
+    return [variant for variant in _variants(runs) if variant != "dense"]
+
+
+def _first_of_each(runs: Sequence[Run]) -> list[Run]:
+    """The first seed of every variant: figures of routing and pictures show one model."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        first.setdefault(run.variant, run)
+    return list(first.values())
+
+
+def _names(run: Run) -> set[str]:
+    return {run.name} | ({run.routers.name} if run.routers else set())
+
+
+def _has(run: Run, mode: str, key: str) -> bool:
+    return run.eval is not None and run.eval.get("loss", {}).get(mode, {}).get(key) is not None
+
+
+def _eta_text(s: Speedup) -> str:
+    if s.interval is None:
+        reached = sum(one.value is not None for one in s.per_seed)
+        return "not reached" if not reached else f"reached by {reached} of {len(s.per_seed)} seeds"
+    ends = "" if s.interval.low is None else f" [{s.interval.low:.2f}, {s.interval.high:.2f}]"
+    return f"{s.interval.mean:.2f}×{ends}"
+
+
+def _interval(found: Interval) -> str:
+    ends = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"{found.mean:+.4f}{ends}"
+
+
+def _value(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _integer(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _scaled(value: float | None, unit: float, digits: int) -> str:
+    return "" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def _mark(text: str, strong: bool) -> str:
+    return Html(f"<b>{html.escape(text)}</b>") if strong else text
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
+
+
+def _visible(token: str) -> str:
+    return token.replace(" ", "␣").replace("\n", "⏎") or "∅"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+def _figure(drawn: dict[str, Path], name: str, title: str, caption: str) -> str:
+    return _section(title, _img(drawn[name], title) + f"<figcaption>{html.escape(caption)}</figcaption>")
+
+
+def _img(path: Path, alt: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<img class=figure alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>"
+
+
+def _inline(image: Image.Image, alt: str) -> Html:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Html(f"<img class=small alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>")
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """Rows of text or `Html`; columns in `numbers` are set flush right."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        kinds = (" class=n" if i in numbers else "" for i in range(len(row)))
+        texts = (cell if isinstance(cell, Html) else html.escape(str(cell)) for cell in row)
+        return "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
+
+    rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
+    return f"<div class=wide><table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2328;
+  background: #fff; max-width: 940px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; padding-bottom: .25rem; border-bottom: 1px solid #d8dee4; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
+.sub { color: #656d76; margin: .4rem 0 0; }
+.banner { background: #f6f8fa; border-left: 4px solid #d55e00; padding: .6rem .9rem; margin: 0 0 1rem; font-weight: 600; }
+.warn { color: #a40e26; }
+.note, figcaption { color: #57606a; font-size: .85rem; margin: .5rem 0 1rem; max-width: 75ch; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .3rem 0; }
+th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #eaeef2; vertical-align: top; }
+th { color: #57606a; font-weight: 600; border-bottom: 1px solid #afb8c1; vertical-align: bottom; }
+td.n { white-space: nowrap; }
+th.n, td.n { text-align: right; padding-right: 1rem; }
+.captions td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: middle; }
+img.figure { width: 100%; max-width: 900px; height: auto; display: block; }
+img.small { width: 48px; height: 48px; border: 1px solid #d8dee4; display: block; }
+code { background: #f0f3f6; border-radius: 3px; padding: 0 .25em; white-space: pre; font-size: .92em; }
+.tokens td { line-height: 1.75; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: #57606a; font-size: .85rem; }
+@media print { body { max-width: none; padding: 0; font-size: 11px; } h2, h3 { break-after: avoid; }
+  img, tr, pre { break-inside: avoid; } .wide { overflow: visible; } }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

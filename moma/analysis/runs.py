@@ -1,0 +1,176 @@
+"""Run folders as plain data: what a run logged, what it was, how it was evaluated.
+
+    RUN/metrics.jsonl                   columns over logged steps; NaN where a line lacks the metric
+    RUN/checkpoints/step-*/meta.json    the newest: configuration, meter, versions
+    RUN/eval.json                       if `moma evaluate` ran
+
+A sparse model is scored causally only after its auxiliary routers were trained, by a run of their own
+(`objective=aux_routers init_from=RUN`). `collect` joins the two: the training run keeps its curves and takes the
+evaluation of the routers' run.
+
+Refuses a folder that is no run and a metrics file that is damaged before its last line; a last line that a kill
+cut off is left out.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+AUX = "aux_routers"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `metrics`: float64 columns over lines, `step` and `flops` without gaps; `routers`: the run that
+    trained its auxiliary routers, if any; `eval`: eval.json, None where the run was not evaluated.
+    """
+
+    name: str
+    metrics: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    eval: dict[str, Any] | None = None
+    folder: Path = field(default=Path("."))
+    routers: "Run | None" = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.meta["config"]
+
+    @property
+    def objective(self) -> str:
+        return self.config.get("objective", {}).get("kind", "next_token")
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config["feed_forward"]["kind"] == "dense"
+
+    @property
+    def variant(self) -> str:
+        """`dense`, or the paper's name of the experts: `moe_8x`, `moe_4t4i`."""
+        if self.is_dense:
+            return "dense"
+        experts = self.config["feed_forward"]["experts"]
+        if list(experts) == ["all"]:
+            return f"moe_{experts['all']}x"
+        return "moe_" + "".join(f"{count}{modality[0]}" for modality, count in experts.items())
+
+    @property
+    def seed(self) -> tuple[int, int]:
+        """Seeds of the data order and of the parameters; runs with equal ones are paired."""
+        seed = self.config.get("seed", {})
+        return seed.get("data", 0), seed.get("init", 0)
+
+    def column(self, name: str) -> np.ndarray:
+        """A metric over all lines, NaN throughout if it was never logged."""
+        return self.metrics.get(name, np.full(len(self.metrics["step"]), math.nan))
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`; raises ValueError where the folder is not a run, or its files are damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"got no folder {folder}, need one that `moma train` wrote: check the path")
+    meta = _newest_meta(folder)
+    path = folder / "eval.json"
+    found = _json(path, "run moma evaluate again") if path.is_file() else None
+    return Run(folder.resolve().name, read_metrics(folder / "metrics.jsonl"), meta, found, folder)
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a metrics.jsonl, ascending in `step`, one row per step; missing values are NaN.
+
+    `flops` is filled in from the neighbouring lines (steps are linear in FLOPs). Raises ValueError.
+    """
+    if not path.is_file():
+        raise ValueError(f"got no {path}, need the metrics of a run: train it first")
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update({k: v for k, v in row.items() if v is not None})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):  # no newline after it: the line that a kill cut off
+                break
+            raise ValueError(
+                f"got a damaged line {number} in {path} ({error}), need one JSON object with a step per line: "
+                "resume the run, which cuts the file at its checkpoint"
+            ) from None
+    if not rows:
+        raise ValueError(f"got no whole line in {path}, need the metrics of a run: train for longer")
+    steps = sorted(rows)
+    names = sorted({name for row in rows.values() for name in row})
+    columns = {name: np.array([rows[step].get(name, math.nan) for step in steps], float) for name in names}
+    known = np.isfinite(columns.get("flops", np.full(len(steps), math.nan)))
+    if not known.any():
+        raise ValueError(
+            f"got no flops in {path}, need them in at least one line: train until the first line is logged"
+        )
+    at, flops = columns["step"][known], columns["flops"][known]
+    filled = np.interp(columns["step"], [0.0, *at], [0.0, *flops])
+    beyond = columns["step"] > at[-1]
+    filled[beyond] = columns["step"][beyond] * flops[-1] / at[-1]
+    return columns | {"flops": filled}
+
+
+def collect(folders: tuple[Path, ...] | list[Path]) -> list[Run]:
+    """Training runs of `folders`, dense first, then by variant and seed; routers' runs joined to their run.
+
+    A routers' run whose training run is not named brings it along. Raises ValueError for two runs of one variant
+    and seed, and for a routers' run whose training run cannot be found.
+    """
+    read = [read_run(folder) for folder in folders]
+    trained = {run.folder.resolve(): run for run in read if run.objective != AUX}
+    for routers in (run for run in read if run.objective == AUX):
+        base = _base_folder(routers, set(trained))
+        run = trained.get(base) or read_run(base)
+        trained[base] = replace(run, routers=routers, eval=routers.eval or run.eval)
+    runs = sorted(trained.values(), key=lambda run: (not run.is_dense, run.variant, run.seed))
+    for one, other in zip(runs, runs[1:], strict=False):
+        if (one.variant, one.seed) == (other.variant, other.seed):
+            raise ValueError(
+                f"got {one.folder} and {other.folder}, both {one.variant} with the same seeds, need one run per "
+                "variant and seed: leave one out"
+            )
+    return runs
+
+
+def _base_folder(routers: Run, known: set[Path]) -> Path:
+    """The run whose parameters `routers` started from, as an absolute path."""
+    origin = routers.config.get("init_from")
+    if origin:
+        path = Path(origin)
+        for candidate in (path.resolve(), (routers.folder / ".." / path.name).resolve()):
+            if candidate in known or (candidate / "metrics.jsonl").is_file():
+                return candidate
+    raise ValueError(
+        f"got {routers.folder}, which trained routers of {origin or 'no run'}, need that run beside it: add it to runs"
+    )
+
+
+def _newest_meta(folder: Path) -> dict[str, Any]:
+    found = sorted((folder / "checkpoints").glob("step-*/meta.json"))
+    if not found:
+        raise ValueError(f"got {folder} without a checkpoint, need a run that has saved one: train it first")
+    meta = _json(found[-1], f"remove {found[-1].parent}")
+    if not isinstance(meta.get("config"), dict) or "feed_forward" not in meta["config"]:
+        raise ValueError(
+            f"got {found[-1]} without a configuration, need one that `moma train` wrote: train again"
+        )
+    return meta
+
+
+def _json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"got a damaged {path} ({error}), need JSON: {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"got {path} with a {type(found).__name__}, need a JSON object: {remedy}")
+    return found

@@ -1,0 +1,249 @@
+"""Checkpoints of one's own runs: a directory of DCP shards and `meta.json`, complete or not there at all.
+
+    <root>/step-00000100/        __0_0.distcp ...  .metadata    tensors (torch.distributed.checkpoint)
+                                 meta.json                      everything that is not a tensor, written last
+    <root>/.tmp-step-00000200/   a save that a kill cut off; the next save removes it
+
+A save goes to the temporary name, every file and the folder are fsynced, then one rename makes it a
+checkpoint. Works with and without a process group: with one, every rank calls `save` and `load`, and any
+world size may load. State is a dict of tensors, nested at will: `{"model": model_state(model), "optimizer":
+optimizer_state(...)}`. Numbers, names and the configuration go into `meta`, which is JSON. moma pickles
+nothing itself, but DCP's own `.metadata` is a pickle: load the checkpoints of your own runs only; weights for
+others are exported as safetensors.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+TMP = ".tmp-"
+FORMAT = 1
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters and persistent buffers by name: loading into them loads the model."""
+    return cast(dict[str, Tensor], get_model_state_dict(model))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own state tensors by parameter name, step counters included (no copies).
+
+    A fresh optimizer gets its zero state first, so this is also what to load into. Hyperparameters are not
+    part of it: they come from the configuration. Raises ValueError when a fresh optimizer already has
+    gradients.
+    """
+    fresh = not optimizer.state
+    if fresh and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "got a fresh optimizer with gradients, need none: call it before backward or after a step"
+        )
+    flat = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+    )
+    state = {key: cast(Tensor, value) for key, value in flat.items() if key.startswith("state.")}
+    if fresh:  # torch made the state by a step with zero gradients, which also counted one
+        for value in state.values():
+            value.zero_()
+    return state
+
+
+def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep_last: int) -> Path:
+    """Write the checkpoint of `step` and drop all but the newest `keep_last` (0 keeps all); returns its
+    folder.
+
+    Raises ValueError for a state that holds anything but tensors, or when this step has its checkpoint
+    already.
+    """
+    if keep_last < 0:
+        raise ValueError(f"got keep_last={keep_last}, need 0 (keep all) or more: change checkpoint.keep_last")
+    tensors = dict(_flatten(state))
+    folder = root / f"step-{step:08d}"
+    temporary = root / f"{TMP}{folder.name}"
+    if folder.exists():
+        raise ValueError(
+            f"got a second checkpoint of step {step}, need one: resume from {folder} or remove it"
+        )
+    if _rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{TMP}*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+    _barrier()
+    writer = FileSystemWriter(temporary, sync_files=True)
+    with _quiet():
+        dcp_save(tensors, storage_writer=writer, no_dist=not _distributed())
+    if _rank() == 0:
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        record = {"format": FORMAT, "step": step, **meta, "files": sizes}
+        (temporary / "meta.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        _fsync(temporary / "meta.json")
+        _fsync(temporary)
+        temporary.rename(folder)
+        _fsync(root)
+        for old in _complete(root)[:-keep_last] if keep_last else []:
+            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a real
+            # name.
+            shutil.rmtree(old.rename(root / f"{TMP}{old.name}"))
+    _barrier()
+    return folder
+
+
+def latest(root: Path) -> Path | None:
+    """The folder of the newest complete checkpoint, None if there is none."""
+    complete = _complete(root)
+    return complete[-1] if complete else None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What `save` got as `meta`, with `step`, `format` and `files`; ValueError if missing or damaged."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"got {path} without meta.json, need a checkpoint folder (.../step-00000100)"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"got a damaged {path / 'meta.json'} ({error}): remove {path}, resume from before"
+        ) from None
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"got {path} of format {meta.get('format')}, need {FORMAT}: use the moma that wrote it"
+        )
+    return meta
+
+
+def load(path: Path, state: dict[str, Any]) -> None:
+    """Copy a checkpoint into the tensors of `state`, in place.
+
+    Strict: within each top-level group of `state` names, shapes and dtypes must be those of the checkpoint. A
+    group not asked for (say the optimizer, for evaluation) is left alone. Raises ValueError.
+    """
+    wanted, stored = dict(_flatten(state)), _stored(path)
+    stored = {name: entry for name, entry in stored.items() if name.split("/", 1)[0] in state}
+    for names, what in (
+        (wanted.keys() - stored.keys(), "lacks"),
+        (stored.keys() - wanted.keys(), "also holds"),
+    ):
+        if names:
+            raise ValueError(
+                f"got {path}, which {what} {len(names)} tensors such as {min(names)}, need the same names: "
+                f"build the model and the optimizer as in its meta.json"
+            )
+    for name, tensor in wanted.items():
+        have = (tuple(stored[name].size), stored[name].properties.dtype)
+        if have != (tuple(tensor.shape), tensor.dtype):
+            raise ValueError(
+                f"got {name} as {_form(*have)} in {path}, need {_form(tuple(tensor.shape), tensor.dtype)}: "
+                f"build the model and the optimizer as in its meta.json"
+            )
+    _read(path, wanted)
+
+
+def read_tensors(path: Path, group: str) -> dict[str, Tensor]:
+    """All tensors of one top-level group ("model") on the CPU, whole, without building a model first."""
+    entries = {name: entry for name, entry in _stored(path).items() if name.startswith(f"{group}/")}
+    if not entries:
+        raise ValueError(f"got {path} without the group {group!r}, need a checkpoint that holds it")
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    _read(path, tensors)
+    return {name.removeprefix(f"{group}/"): tensor for name, tensor in tensors.items()}
+
+
+def _flatten(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            raise ValueError(
+                f"got a {type(value).__name__} at {prefix}{name}, need a tensor: put it into meta"
+            )
+
+
+def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Shapes and dtypes by name, once every file is known to be there in full length."""
+    for name, size in read_meta(path)["files"].items():
+        have = (path / name).stat().st_size if (path / name).exists() else 0
+        if have != size:
+            raise ValueError(
+                f"got {have} bytes in {path / name}, need {size}: remove {path}, resume from before"
+            )
+    try:
+        return FileSystemReader(path).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    except Exception as error:  # whatever unpickling a damaged file may raise
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        with _quiet():
+            dcp_load(tensors, storage_reader=FileSystemReader(path), no_dist=not _distributed())
+    except (CheckpointException, RuntimeError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> ValueError:
+    return ValueError(f"got a damaged {path} ({type(error).__name__}): remove it, resume from before")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning at every save and load that there is no process group: normal here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _complete(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(
+        p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and (p / "meta.json").exists()
+    )
+
+
+def _form(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def _barrier() -> None:
+    if _distributed():
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""From raw documents to micro-batches: sources, shards, the plan, the loader."""

@@ -1,0 +1,89 @@
+"""A planned micro-batch as tensors: tokens, targets, documents and the modality index sets (`TokenGroups`).
+
+Keystone: the plan puts exactly Q images into every micro-batch, so the index sets built here, once per micro-batch,
+have constant sizes, and every layer of the model reuses them. Data pipeline and router are one design.
+
+Routing uses the modality of the *input* token; the loss that of the *target* (BOI predicts an image code). The first
+token of a document is no target. Padding (only at the declared end of a finite stream) has document -1.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moma.data.plan import MicroBatch, PlanShape
+from moma.modality import IGNORE, TokenGroups, Vocabulary, exact_groups, padded_groups
+
+
+class TokenReader(Protocol):
+    """Reads token ids [start, stop) of a document, and their loss mask (0: never a target)."""
+
+    def read(self, doc: int, start: int, stop: int) -> np.ndarray: ...
+    def read_mask(self, doc: int, start: int, stop: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on one device; R rows, L positions. `n_targets` counts valid targets (host integer)."""
+
+    number: int
+    tokens_RL: Tensor
+    target_RL: Tensor
+    document_RL: Tensor
+    position_RL: Tensor
+    groups: TokenGroups
+    n_targets: int
+    exact: bool
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        move = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens_RL", "target_RL", "document_RL", "position_RL")
+        }
+        return replace(self, **move, groups=self.groups.to(device))
+
+
+def build_batch(
+    micro_batch: MicroBatch,
+    readers: dict[str, TokenReader],
+    shape: PlanShape,
+    vocab: Vocabulary,
+    padded: bool = False,
+) -> Batch:
+    """Read the pieces of `micro_batch`; `padded` forces the padded form of the index sets."""
+    size = (shape.rows, shape.row_length)
+    tokens = np.full(size, vocab.pad, dtype=np.int64)
+    target = np.full(size, IGNORE, dtype=np.int64)
+    document = np.full(size, -1, dtype=np.int32)
+    for row, pieces in enumerate(micro_batch.rows):
+        at = 0
+        for number, piece in enumerate(pieces):
+            end, reader = at + piece.tokens, readers[piece.source]
+            beyond = 0 if piece.last else 1  # a cut piece knows the token that follows it
+            ids = reader.read(piece.doc, piece.start, piece.stop + beyond)
+            mask = reader.read_mask(piece.doc, piece.start, piece.stop + beyond)
+            tokens[row, at:end] = ids[: piece.tokens]
+            following = np.where(mask[1:] > 0, ids[1:].astype(np.int64), IGNORE)  # ids are unsigned
+            target[row, at : at + len(following)] = following
+            document[row, at:end] = number
+            at = end
+    ids_RL, present = torch.from_numpy(tokens), torch.from_numpy(document >= 0)
+    groups = (
+        exact_groups(ids_RL, vocab)
+        if micro_batch.exact and not padded
+        else padded_groups(ids_RL, present, vocab)
+    )
+    return Batch(
+        number=micro_batch.number,
+        tokens_RL=ids_RL,
+        target_RL=torch.from_numpy(target),
+        document_RL=torch.from_numpy(document),
+        position_RL=torch.arange(shape.row_length).expand(size),
+        groups=groups,
+        n_targets=int((target != IGNORE).sum()),
+        exact=micro_batch.exact,
+    )

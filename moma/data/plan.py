@@ -1,0 +1,365 @@
+"""The plan: which tokens of which documents stand in micro-batch n. A pure function; reads lengths, never tokens.
+
+    documents of image-bearing sources --(weights)--> atomic pieces --> exactly Q images, never cut
+    documents of text-only sources ------------------> filler -------> the rest of every row, to the last token
+
+Keystone: **exactly Q images in every micro-batch** of R rows x L tokens and no padding. Hence constant numbers of
+text and image tokens, constant expert capacities (`moma/model/feed_forward.py`), one compiled graph, equal work on
+every device. Data pipeline and router are one design.
+
+- A micro-batch is a numbered object, independent of rank and world size: routing runs over it, so its shape is part
+  of the model.
+- An image, and a picture with its own caption, is never cut or separated. Documents longer than a row are cut at
+  segment boundaries first; text fills gaps and is cut where a row ends, its continuation coming next. The last
+  token of a cut piece keeps its target, so each token is an input once and a target once per pass.
+- An epoch is a pass over one source. Passes follow each other in fresh pseudo-random orders; what does not fit yet
+  is carried over, nothing is dropped.
+- The plan depends on (corpus index, tokenizer, data seed, mixture, rows, row length, Q, plan version) alone. Its
+  state between two micro-batches is a small plain dict; "which documents did step N see?" has an answer.
+
+With `passes` = 1 (evaluation) the stream ends: the last micro-batches may hold fewer images and padding at the end
+(`exact` is False), and the model runs its padded form.
+"""
+
+import bisect
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+PLAN_VERSION = 1
+STATE_INTERVAL = 256  # micro-batches between remembered states: bounds the cost of looking back
+MAX_WAITING = 4096  # pieces that may wait for a micro-batch they fit in, before Q is called impossible
+
+
+class DocumentIndex(Protocol):
+    """What the plan needs to know of a source: lengths only."""
+
+    @property
+    def n_documents(self) -> int: ...
+    @property
+    def document_tokens(self) -> np.ndarray: ...
+    @property
+    def document_images(self) -> np.ndarray: ...
+    def segments(self, doc: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) of a document; `images` of them are whole images; `last` at the document's end."""
+
+    source: str
+    doc: int
+    start: int
+    stop: int
+    images: int
+    last: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Micro-batch `number`: for every row its pieces in order. `exact`: Q images and no padding."""
+
+    number: int
+    rows: tuple[tuple[Piece, ...], ...]
+    exact: bool
+
+    @property
+    def images(self) -> int:
+        return sum(piece.images for row in self.rows for piece in row)
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """Rows x row length and Q: identity fields of the model (routing runs over the micro-batch)."""
+
+    rows: int
+    row_length: int
+    images: int
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.row_length) < 1 or self.images < 0:
+            raise ValueError(f"got rows={self.rows}, row_length={self.row_length}, images={self.images}: need "
+                             "rows and row_length of at least 1 and images of at least 0")  # fmt: skip
+
+
+class Plan:
+    """The numbered micro-batches of one corpus split; see the module docstring.
+
+    `mixture` maps source names to weights: of images among image-bearing sources, of tokens among text-only ones.
+    Empty: every source in proportion to its size. Raises ValueError where Q cannot be had.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, DocumentIndex],
+        shape: PlanShape,
+        seed: int,
+        mixture: dict[str, float] | None = None,
+        passes: int | None = None,
+    ) -> None:
+        self.shape, self.seed, self.passes = shape, seed, passes
+        self.sources = _chosen(sources, mixture or {})
+        self.image_sources = sorted(n for n, s in self.sources.items() if s.document_images.any())
+        self.text_sources = sorted(set(self.sources) - set(self.image_sources))
+        self.weights = self._weights(mixture or {})
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+        self._check()
+        self._numbers, self._states = [0], [self._first_state()]
+
+    # ---- what a plan is -------------------------------------------------------------------------------------
+
+    def identity(self, corpus: str, vocab_hash: str) -> str:
+        """Hash of everything the plan depends on; two runs with the same identity see the same micro-batches."""
+        facts = (
+            PLAN_VERSION, corpus, vocab_hash, self.seed, sorted(self.weights.items()),
+            self.shape.rows, self.shape.row_length, self.shape.images, self.passes,
+        )  # fmt: skip
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def _weights(self, mixture: dict[str, float]) -> dict[str, float]:
+        weights = {}
+        for names, size in ((self.image_sources, "document_images"), (self.text_sources, "document_tokens")):
+            raw = {n: mixture.get(n, float(getattr(self.sources[n], size).sum())) for n in names}
+            weights |= {n: w / sum(raw.values()) for n, w in raw.items()}
+        return weights
+
+    def _check(self) -> None:
+        q, rows, length = self.shape.images, self.shape.rows, self.shape.row_length
+        if q and not self.image_sources:
+            raise ValueError(f"got images={q} per micro-batch, need a source with images: the mixture has none; "
+                             "add one or set images=0")  # fmt: skip
+        if not q and self.image_sources and self.passes is None:
+            raise ValueError(f"got images=0, but {self.image_sources} hold images: set images to at least 1 or "
+                             "leave them out of the mixture")  # fmt: skip
+        if not self.text_sources and self.passes is None:
+            raise ValueError(
+                "got a mixture without a text-only source, need one to fill the rows exactly: add one"
+            )
+        self.smallest = min((self._smallest(n) for n in self.image_sources), default=1)
+        fits = (length // self.smallest) * rows
+        if fits < q:
+            raise ValueError(
+                f"got images={q} per micro-batch, need at most {fits}: the shortest image segment has "
+                f"{self.smallest} tokens and the micro-batch {rows} rows x {length}; "
+                f"set data.images<={fits} or enlarge the rows"
+            )
+        mean = sum(w * self._tokens_per_image(n) for n, w in self.weights.items() if n in self.image_sources)
+        if self.passes is None and q * mean > rows * length:
+            raise ValueError(
+                f"got images={q} per micro-batch, need at most {int(rows * length / mean)}: an image brings "
+                f"{mean:.0f} tokens with it on average and the micro-batch has {rows * length}; lower data.images"
+            )
+
+    def _tokens_per_image(self, name: str) -> float:
+        """Mean tokens of atomic pieces per image, over the first documents of the first pass."""
+        pieces = [p for d in self._order(name, 0)[:2000] for p in self._pieces(name, int(d)) if p[4]]
+        return sum(p[3] - p[2] for p in pieces) / sum(p[4] for p in pieces)
+
+    def _smallest(self, name: str) -> int:
+        source = self.sources[name]
+        holders = np.flatnonzero(source.document_images)
+        doc = holders[np.argmin(source.document_tokens[holders])]
+        offsets, images = source.segments(int(doc))
+        return int(np.diff(offsets)[images > 0].min())
+
+    # ---- micro-batches ----------------------------------------------------------------------------------------
+
+    def micro_batch(self, number: int) -> MicroBatch:
+        """Micro-batch `number`, from the nearest remembered state; raises IndexError beyond a finite stream's end."""
+        at = bisect.bisect_right(self._numbers, number) - 1
+        for batch, _ in self.run(self._states[at]):
+            if batch.number == number:
+                return batch
+        raise IndexError(f"the plan ends before micro-batch {number}")
+
+    def run(self, state: dict[str, Any] | None = None) -> Iterator[tuple[MicroBatch, dict[str, Any]]]:
+        """Micro-batches from `state` (default: the start) on, each with the state that follows it."""
+        state = copy.deepcopy(self._states[0] if state is None else state)
+        while True:
+            batch = self._next(state)
+            if batch is None:
+                return
+            if batch.number + 1 > self._numbers[-1] and (batch.number + 1) % STATE_INTERVAL == 0:
+                self._numbers.append(batch.number + 1)
+                self._states.append(copy.deepcopy(state))
+            yield batch, copy.deepcopy(state)
+
+    def _first_state(self) -> dict[str, Any]:
+        zero = {name: 0 for name in self.sources}
+        return {"number": 0, "pass": dict(zero), "position": dict(zero), "served": dict(zero), "waiting": [], "filler": []}  # fmt: skip
+
+    def _next(self, state: dict[str, Any]) -> MicroBatch | None:
+        """Compose one micro-batch and move `state` behind it; None when a finite stream is used up."""
+        rows: list[list[Piece]] = [[] for _ in range(self.shape.rows)]
+        free = [self.shape.row_length] * self.shape.rows
+        images = self._place_images(state, rows, free)
+        self._fill(state, rows, free)
+        if not any(rows):
+            return None
+        state["number"] += 1
+        exact = images == self.shape.images and not any(free)
+        return MicroBatch(state["number"] - 1, tuple(tuple(row) for row in rows), exact)
+
+    def _place_images(self, state: dict[str, Any], rows: list[list[Piece]], free: list[int]) -> int:
+        """Put atomic pieces with exactly Q images into the rows, those that wait first; returns their images."""
+        need, waiting, held = self.shape.images, state["waiting"], []
+        while need:
+            piece = waiting.pop(0) if waiting else self._draw_atomic(state)
+            if piece is None:
+                break
+            row = max(range(len(free)), key=lambda r: (free[r], -r))  # the emptiest: leaves text long runs
+            if piece[4] <= need and self._leaves_room(free, row, piece[3] - piece[2], need - piece[4]):
+                rows[row].append(Piece(*piece))
+                free[row] -= piece[3] - piece[2]
+                need -= piece[4]
+            else:
+                held.append(piece)
+            if len(held) > MAX_WAITING:
+                raise ValueError(
+                    f"got images={self.shape.images} per micro-batch of {self.shape.rows} rows x "
+                    f"{self.shape.row_length}, need a number the documents add up to: choose another Q or longer rows"
+                )
+        state["waiting"] = held + waiting
+        return self.shape.images - need
+
+    def _leaves_room(self, free: list[int], row: int, tokens: int, need: int) -> bool:
+        """Whether a piece fits into `row` and the images still needed could follow it, were they all small."""
+        if tokens > free[row]:
+            return False
+        spare = sum(f // self.smallest for f in free) - free[row] // self.smallest
+        return spare + (free[row] - tokens) // self.smallest >= need
+
+    def _fill(self, state: dict[str, Any], rows: list[list[Piece]], free: list[int]) -> None:
+        """Fill every row with text to the last token, cutting where the row ends."""
+        for row, pieces in enumerate(rows):
+            while free[row]:
+                if not state["filler"] and not self._draw_text(state):
+                    return
+                source, doc, start, stop, last = state["filler"][0]
+                cut = min(stop, start + free[row])
+                pieces.append(Piece(source, doc, start, cut, 0, last and cut == stop))
+                free[row] -= cut - start
+                if cut == stop:
+                    state["filler"].pop(0)
+                else:
+                    state["filler"][0][2] = cut
+
+    # ---- drawing documents ------------------------------------------------------------------------------------
+
+    def _draw_atomic(self, state: dict[str, Any]) -> list[Any] | None:
+        """Next piece with images; text-only pieces met on the way join the filler."""
+        while True:
+            source = self._due(self.image_sources, state)
+            if source is None:
+                return None
+            doc = self._advance(source, state)
+            state["served"][source] += int(self.sources[source].document_images[doc])
+            atomic = []
+            for piece in self._pieces(source, doc):
+                if piece[4]:
+                    atomic.append(piece)
+                else:
+                    state["filler"].append([*piece[:4], piece[5]])
+            if atomic:
+                state["waiting"].extend(atomic[1:])
+                return atomic[0]
+
+    def _draw_text(self, state: dict[str, Any]) -> bool:
+        source = self._due(self.text_sources, state)
+        if source is None:
+            return False
+        doc = self._advance(source, state)
+        tokens = int(self.sources[source].document_tokens[doc])
+        state["served"][source] += tokens
+        state["filler"].append([source, doc, 0, tokens, True])
+        return True
+
+    def _due(self, names: Sequence[str], state: dict[str, Any]) -> str | None:
+        """The source that is furthest behind its weight (ties: alphabetical), among those not used up."""
+        live = [n for n in names if self.passes is None or state["pass"][n] < self.passes]
+        return min(live, key=lambda n: ((state["served"][n] + 1) / self.weights[n], n), default=None)
+
+    def _advance(self, source: str, state: dict[str, Any]) -> int:
+        pass_number, position = state["pass"][source], state["position"][source]
+        doc = int(self._order(source, pass_number)[position])
+        state["position"][source] += 1
+        if state["position"][source] == self.sources[source].n_documents:
+            state["pass"][source], state["position"][source] = pass_number + 1, 0
+        return doc
+
+    def _order(self, source: str, pass_number: int) -> np.ndarray:
+        """Pseudo-random order of a source's documents in one pass; only the two latest passes are kept."""
+        key = (source, pass_number)
+        if key not in self._orders:
+            self._orders = {
+                k: v for k, v in self._orders.items() if k[0] != source or k[1] == pass_number - 1
+            }
+            self._orders[key] = pass_order(
+                self.sources[source].n_documents, f"{self.seed}/{source}/{pass_number}"
+            )
+        return self._orders[key]
+
+    def _pieces(self, source: str, doc: int) -> list[list[Any]]:
+        """A document as pieces of at most one row: whole if it fits, else cut at segment boundaries first."""
+        length, index = self.shape.row_length, self.sources[source]
+        tokens, images = int(index.document_tokens[doc]), int(index.document_images[doc])
+        if tokens <= length and images <= max(self.shape.images, 1):
+            return [[source, doc, 0, tokens, images, True]]
+        offsets, counts = index.segments(doc)
+        pieces: list[list[Any]] = []
+        for start, stop, count in zip(
+            offsets[:-1].tolist(), offsets[1:].tolist(), counts.tolist(), strict=True
+        ):
+            if count and stop - start > length:
+                raise ValueError(
+                    f"got an image segment of {stop - start} tokens (source {source}, document {doc}), need at most "
+                    f"data.row_length={length}: lengthen the rows"
+                )
+            if count > max(self.shape.images, 1):
+                raise ValueError(
+                    f"got a segment with {count} images (source {source}, document {doc}), need at most "
+                    f"data.images={self.shape.images}: raise data.images"
+                )
+            joins = (
+                pieces
+                and stop - pieces[-1][2] <= length
+                and pieces[-1][4] + count <= max(self.shape.images, 1)
+            )
+            if joins:
+                pieces[-1][3], pieces[-1][4] = stop, pieces[-1][4] + count
+                continue
+            for cut in range(start, stop, length) if not count else [start]:
+                pieces.append([source, doc, cut, min(stop, cut + length), count, False])
+        pieces[-1][5] = True
+        return pieces
+
+
+def _chosen(sources: dict[str, DocumentIndex], mixture: dict[str, float]) -> dict[str, DocumentIndex]:
+    unknown = sorted(set(mixture) - set(sources))
+    if unknown:
+        raise ValueError(
+            f"got mixture weights for {unknown}, need names among {sorted(sources)}: correct data.mixture"
+        )
+    negative = sorted(n for n, w in mixture.items() if w < 0)
+    if negative:
+        raise ValueError(f"got negative mixture weights for {negative}, need 0 (leave out) or more")
+    return {n: s for n, s in sorted(sources.items()) if n not in mixture or mixture[n] > 0}
+
+
+def pass_order(n: int, key: str) -> np.ndarray:
+    """A pseudo-random order of n documents that depends on `key` alone (splitmix64 keys, sorted): int64 (n,)."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    with np.errstate(over="ignore"):
+        z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return np.argsort(z, kind="stable")

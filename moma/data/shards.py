@@ -1,0 +1,340 @@
+"""Token shards: the corpus on disk, written once and read by memory map.
+
+    corpora/<name>/manifest.json                             written last: a corpus without it is not done
+    corpora/<name>/<split>/<source>/shard-00000.tokens.bin   ids of all documents, uint16 or uint32 (LE)
+                                    shard-00000.index.npz    doc_offset, segment_offset, segment_images
+                                    shard-00000.mask.bin     optional: uint8 a token, 0 = never a target
+
+    doc_offset      0 .............. 68 .............. 137 ...   (documents + 1)
+    segment_offset  0 .............. 68 ..... 90 ..... 137 ...   (segments + 1), holds every doc_offset
+
+Opening a corpus reads the index only: the plan is computed from document lengths, tokens are touched when a
+batch needs them. Segments tile the documents; a segment with pictures is never cut by the plan.
+
+Refuses shards whose size differs from the manifest, an index that does not fit its tokens, and a corpus made
+with another tokenizer.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moma.tokenizer.documents import Document
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_HEX = 1 << 20  # bytes hashed at a time
+
+
+def token_dtype(vocab_size: int) -> str:
+    """`uint16` where every id fits, else `uint32`."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_shard(folder: Path, number: int, documents: Sequence[Document], dtype: str) -> dict[str, Any]:
+    """Write one shard and return its manifest record; a shard of no documents has a record but no files.
+
+    Record: file (tokens), tokens, documents, images, sha256 and bytes of the token file, index_sha256, mask.
+    """
+    folder = Path(folder)
+    stem = f"shard-{number:05d}"
+    record: dict[str, Any] = {
+        "file": f"{stem}.tokens.bin",
+        "tokens": 0,
+        "documents": len(documents),
+        "images": 0,
+    }
+    if not documents:
+        return record | {"sha256": "", "bytes": 0, "index_sha256": "", "mask": False}
+    tokens = np.concatenate([document.tokens for document in documents])
+    if tokens.min() < 0 or tokens.max() > np.iinfo(dtype).max:
+        raise ValueError(
+            f"got token ids from {tokens.min()} to {tokens.max()}, need ids that fit {dtype}: "
+            "use token_dtype(vocab.size)"
+        )
+    starts = np.cumsum([0, *(len(document.tokens) for document in documents)], dtype=np.int64)
+    segments = [
+        start + document.segment_offsets[:-1] for start, document in zip(starts, documents, strict=False)
+    ]
+    images = np.concatenate([document.segment_images for document in documents]).astype(np.int32)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+    _write(folder / record["file"], packed)
+    index = folder / f"{stem}.index.npz"
+    temporary = index.with_name(f".{index.name}.tmp.npz")
+    np.savez(
+        temporary,
+        doc_offset=starts,
+        segment_offset=np.concatenate([*segments, starts[-1:]]).astype(np.int64),
+        segment_images=images,
+    )
+    os.replace(temporary, index)
+    masked = any(document.mask is not None for document in documents)
+    if masked:
+        masks = [np.ones(len(d.tokens), np.uint8) if d.mask is None else d.mask for d in documents]
+        _write(folder / f"{stem}.mask.bin", np.concatenate(masks).astype(np.uint8).tobytes())
+    return record | {
+        "tokens": len(tokens),
+        "images": int(images.sum()),
+        "sha256": hashlib.sha256(packed).hexdigest(),
+        "bytes": len(packed),
+        "index_sha256": file_sha256(index),
+        "mask": masked,
+    }
+
+
+def write_shards(
+    folder: Path, documents: Iterable[Document], shard_tokens: int, dtype: str
+) -> list[dict[str, Any]]:
+    """Write documents in order, closing a shard once it holds `shard_tokens`; the records of all shards."""
+    records: list[dict[str, Any]] = []
+    shard: list[Document] = []
+    held = 0
+    for document in documents:
+        shard.append(document)
+        held += len(document.tokens)
+        if held >= shard_tokens:
+            records.append(write_shard(folder, len(records), shard, dtype))
+            shard, held = [], 0
+    if shard:
+        records.append(write_shard(folder, len(records), shard, dtype))
+    return records
+
+
+def source_record(kind: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest entry of one source in one split: kind, its non-empty shards, and their totals."""
+    shards = [shard for shard in shards if shard["documents"]]
+    totals = {field: sum(shard[field] for shard in shards) for field in ("tokens", "documents", "images")}
+    return {"kind": kind, "shards": shards, **totals}
+
+
+def write_manifest(corpus: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest.json`: a corpus has a whole one or none."""
+    write_json(Path(corpus) / MANIFEST, {"format": FORMAT, **manifest})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, fsync, rename: the file is whole or not there."""
+    _write(Path(path), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(corpus: Path) -> dict[str, Any]:
+    """The manifest of a corpus; ValueError if there is none or it has another format."""
+    path = Path(corpus) / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"got no {MANIFEST} in {corpus}, need a prepared corpus: run `moma prepare` "
+            "(again, if it was stopped: finished shards are kept)"
+        )
+    manifest = json.loads(path.read_text())
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"got corpus format {manifest.get('format')} in {path}, need {FORMAT}: prepare the corpus again"
+        )
+    return manifest
+
+
+class ShardedSource:
+    """The documents of one source in one split, read by memory map; documents are numbered across shards.
+
+    `document_tokens` int64 (n,) lengths in tokens, `document_images` int32 (n,) pictures. Survives pickling:
+    maps are opened where they are used.
+    """
+
+    def __init__(self, folder: Path, kind: str, shards: list[dict[str, Any]], dtype: str) -> None:
+        self.folder, self.kind, self.dtype = Path(folder), kind, np.dtype(dtype).newbyteorder("<")
+        self._shards = shards
+        indices = [_read_index(self.folder, shard, self.dtype.itemsize) for shard in shards]
+        counts = [shard["documents"] for shard in shards]
+        self._first_document = np.cumsum([0, *counts], dtype=np.int64)
+        self.n_documents = int(self._first_document[-1])
+        self._doc_offset = [doc for doc, _, _ in indices]
+        self._segment_offset = [segment for _, segment, _ in indices]
+        self._segment_images = [images for _, _, images in indices]
+        # Segment number at which each document of a shard starts (and one past its last).
+        self._doc_segment = [np.searchsorted(segment, doc) for doc, segment, _ in indices]
+        self.document_tokens = np.concatenate([np.zeros(0, np.int64), *map(np.diff, self._doc_offset)])
+        self.document_images = np.concatenate(
+            [np.zeros(0, np.int32)]
+            + [
+                np.diff(np.concatenate([[0], np.cumsum(images)])[bounds]).astype(np.int32)
+                for images, bounds in zip(self._segment_images, self._doc_segment, strict=True)
+            ]
+        )
+        self._maps: dict[str, np.memmap] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    def segments(self, doc: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets int64 (k+1,) from the document's start, and pictures int32 (k,), of its k segments."""
+        shard, local = self._locate(doc)
+        first, last = self._doc_segment[shard][local : local + 2]
+        offsets = self._segment_offset[shard][first : last + 1] - self._doc_offset[shard][local]
+        return offsets, self._segment_images[shard][first:last]
+
+    def read(self, doc: int, start: int, stop: int) -> np.ndarray:
+        """Token ids [start, stop) of a document: a view of the map, of the stored dtype."""
+        shard, offset = self._span(doc, start, stop)
+        tokens = self._map(self._shards[shard]["file"], self.dtype)
+        return tokens[offset : offset + stop - start]
+
+    def read_mask(self, doc: int, start: int, stop: int) -> np.ndarray:
+        """Loss mask uint8 (stop - start,) of a document's tokens; ones where the shard has no mask."""
+        shard, offset = self._span(doc, start, stop)
+        record = self._shards[shard]
+        if not record["mask"]:
+            return np.ones(stop - start, np.uint8)
+        mask = self._map(_sibling(record["file"], "mask.bin"), np.dtype(np.uint8))
+        return mask[offset : offset + stop - start]
+
+    def _locate(self, doc: int) -> tuple[int, int]:
+        if not 0 <= doc < self.n_documents:
+            raise IndexError(f"got document {doc}, need 0 to {self.n_documents - 1}")
+        shard = int(np.searchsorted(self._first_document, doc, side="right")) - 1
+        return shard, doc - int(self._first_document[shard])
+
+    def _span(self, doc: int, start: int, stop: int) -> tuple[int, int]:
+        shard, local = self._locate(doc)
+        begin, end = self._doc_offset[shard][local : local + 2]
+        if not 0 <= start <= stop <= end - begin:
+            raise IndexError(
+                f"got tokens [{start}, {stop}) of document {doc}, need a range in [0, {end - begin}]"
+            )
+        return shard, int(begin) + start
+
+    def _map(self, file: str, dtype: np.dtype) -> np.memmap:
+        if file not in self._maps:
+            self._maps[file] = np.memmap(self.folder / file, dtype=dtype, mode="r")
+        return self._maps[file]
+
+
+def open_source(corpus: Path, split: str, source: str) -> ShardedSource:
+    """Open one source of one split; ValueError for an unknown name or a damaged shard."""
+    manifest = read_manifest(corpus)
+    sources = _split(manifest, split, corpus)
+    if source not in sources:
+        near = difflib.get_close_matches(source, sources, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {sorted(sources)}"
+        raise ValueError(f"got source {source!r}, need a source of {corpus} {split}: {hint}")
+    entry = sources[source]
+    return ShardedSource(
+        Path(corpus) / split / source, entry["kind"], entry["shards"], manifest["token_dtype"]
+    )
+
+
+def open_corpus(corpus: Path, split: str, vocab_hash: str) -> dict[str, ShardedSource]:
+    """Every source of one split, in the manifest's order; ValueError if another tokenizer made the corpus."""
+    manifest = read_manifest(corpus)
+    if manifest["vocab_hash"] != vocab_hash:
+        raise ValueError(
+            f"got {corpus} of tokenizer {manifest['tokenizer']!r} with hash {manifest['vocab_hash']}, "
+            f"need the run's tokenizer with hash {vocab_hash}: prepare it again, or choose its tokenizer"
+        )
+    return {source: open_source(corpus, split, source) for source in _split(manifest, split, corpus)}
+
+
+def verify_corpus(corpus: Path) -> int:
+    """Hash every shard against the manifest; the number of shards. ValueError names the first that differs.
+
+    Opening a corpus checks sizes and indices only; this reads everything.
+    """
+    checked = 0
+    for split, sources in read_manifest(corpus)["splits"].items():
+        for source, entry in sources.items():
+            for shard in entry["shards"]:
+                folder = Path(corpus) / split / source
+                files = {"sha256": shard["file"], "index_sha256": _sibling(shard["file"], "index.npz")}
+                for field, file in files.items():
+                    _need_file(folder / file)
+                    if file_sha256(folder / file) != shard[field]:
+                        raise ValueError(
+                            f"got {folder / file} with another sha256 than the manifest's, need the file as "
+                            "it was written: delete the corpus and prepare it again, or copy the file again"
+                        )
+                checked += 1
+    return checked
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HEX):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _split(manifest: dict[str, Any], split: str, corpus: Path) -> dict[str, Any]:
+    if split not in manifest["splits"]:
+        raise ValueError(
+            f"got split {split!r}, need one of {sorted(manifest['splits'])} of {corpus}: choose one"
+        )
+    return manifest["splits"][split]
+
+
+def _read_index(
+    folder: Path, shard: dict[str, Any], itemsize: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tokens = folder / shard["file"]
+    expected = {tokens: shard["tokens"] * itemsize}
+    if shard["mask"]:
+        expected[folder / _sibling(shard["file"], "mask.bin")] = shard["tokens"]
+    for path, size in expected.items():
+        _need_file(path)
+        if path.stat().st_size != size:
+            raise ValueError(
+                f"got {path.stat().st_size} bytes in {path}, need {size} as in the manifest (the shard is "
+                "cut short or overwritten): copy it again, or delete the corpus and prepare it again"
+            )
+    path = folder / _sibling(shard["file"], "index.npz")
+    _need_file(path)
+    with np.load(path, allow_pickle=False) as index:
+        doc, segment, images = index["doc_offset"], index["segment_offset"], index["segment_images"]
+    fits = (
+        len(doc) == shard["documents"] + 1
+        and len(segment) == len(images) + 1
+        and (doc[0], doc[-1], segment[0], segment[-1]) == (0, shard["tokens"], 0, shard["tokens"])
+        and bool((np.diff(doc) > 0).all() and (np.diff(segment) > 0).all() and np.isin(doc, segment).all())
+    )
+    if not fits:
+        raise ValueError(
+            f"got an index {path} that does not tile its {shard['documents']} documents, need the one that "
+            "was written with the shard: copy it again, or delete the corpus and prepare it again"
+        )
+    return doc, segment, images
+
+
+def _need_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"got no file {path}, need every shard of the manifest: copy it, or prepare again")
+
+
+def _sibling(file: str, ending: str) -> str:
+    return file.removesuffix("tokens.bin") + ending
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def corpus_hash(corpus: Path, split: str) -> str:
+    """Identity of one split's tokens and document boundaries: hash over its shards' hashes, hex."""
+    sources = _split(read_manifest(corpus), split, corpus)
+    shards = {
+        name: [(s["sha256"], s["index_sha256"]) for s in entry["shards"]]
+        for name, entry in sorted(sources.items())
+    }
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]

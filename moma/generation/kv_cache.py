@@ -1,0 +1,89 @@
+"""Cached decoding for rows of different contents: what each row sees, and where its tokens stand.
+
+    slot       0    1    2    3    4    5    6        one static cache per layer, the same slot for every row
+    row 0      BOS  a    b    c    BOI  c0   c1       visible: all                     position = slot
+    row 1      .    .    BOS  d    BOI  c0   c1       prompts end together: left padding, never visible
+    row 2      BOS  BOS  BOS  BOS  BOI  c0   c1       restarted at slot 3: sees BOS BOI c0 c1
+
+A token takes a slot whether or not its row has one to feed; `visible` says which slots a row attends to, and a
+token's position is the number of visible slots before it, hence exact inside the document. An absent token attends to
+itself alone (an empty softmax is not a number) and stands in no modality group. A restart forgets a row's past without
+touching the cache: that is how the unconditional rows of classifier-free guidance begin a picture.
+
+Refuses to feed beyond the cache. Legend: R rows, L tokens fed at once, S slots, D dim.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moma.modality import Vocabulary, padded_groups
+from moma.model.feed_forward import Mode
+from moma.model.transformer import Transformer
+
+
+def compute_dtype(model: Transformer) -> torch.dtype:
+    """Type of keys and values: the autocast type where autocast is on, else the parameters'."""
+    device = model.embedding.weight.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else model.embedding.weight.dtype
+
+
+def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:
+    """One zeroed key/value cache per layer, (R, G, S, head dim) each, on the model's device at the compute type."""
+    with _quiet():
+        from torchtune.modules import KVCache  # here: importing it takes seconds
+    attention, dtype = model.blocks[0].attention, compute_dtype(model)
+    with model.embedding.weight.device:
+        return [
+            KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks
+        ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torchao says at import of its own deprecated parts and of kernels that moma does not use."""
+    logger = logging.getLogger("torchao")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logger.setLevel(level)
+
+
+class Decoder:
+    """A model with the caches of `n_rows` rows: feed tokens, get the hidden states of the last one."""
+
+    def __init__(self, model: Transformer, vocab: Vocabulary, n_rows: int, n_slots: int, mode: Mode) -> None:
+        self.model, self.vocab, self.mode = model, vocab, mode
+        self.n_slots, self.next_slot = n_slots, 0
+        self.caches = build_caches(model, n_rows, n_slots)
+        device = model.embedding.weight.device
+        self.visible_RS = torch.zeros(n_rows, n_slots, dtype=torch.bool, device=device)
+        self.slot_S = torch.arange(n_slots, device=device)
+
+    def feed(self, tokens_RL: Tensor, present_RL: Tensor, restart_R: Tensor | None = None) -> Tensor:
+        """Hidden states (R, D) of the last column after feeding `tokens_RL`; meaningless where it is absent.
+
+        `present_RL` bool: False takes a slot without a token. `restart_R` bool: forget the row's past first.
+        Raises ValueError when the slots do not suffice.
+        """
+        start, stop = self.next_slot, self.next_slot + tokens_RL.shape[1]
+        if stop > self.n_slots:
+            raise ValueError(f"got token {stop} for a cache of {self.n_slots}, need room: build a longer one")
+        if restart_R is not None:
+            self.visible_RS &= ~restart_R[:, None]
+        self.visible_RS[:, start:stop] = present_RL
+        position_RL = (self.visible_RS.cumsum(1)[:, start:stop] - 1).clamp(min=0)
+        query_L1 = self.slot_S[start:stop, None]
+        mask_RLS = (self.visible_RS[:, None] & (self.slot_S <= query_L1)) | (self.slot_S == query_L1)
+        groups = padded_groups(tokens_RL, present_RL, self.vocab)
+        hidden_RLD, _ = self.model(tokens_RL, position_RL, mask_RLS[:, None], groups, self.mode, self.caches)
+        self.next_slot = stop
+        return hidden_RLD[:, -1]

@@ -1,0 +1,1 @@
+"""The Chameleon-style decoder and its feed-forwards; knows no data, tokenizer, configuration or distribution."""

@@ -1,0 +1,61 @@
+"""Every initialisation, as one table.
+
+| parameter                                | distribution                                              |
+| ---------------------------------------- | --------------------------------------------------------- |
+| embedding.weight                         | normal, std EMBEDDING_STD                                 |
+| attention.wqkv, experts w13, aux w1      | normal, std fan_in^-1/2, cut at 3 std                     |
+| attention.wo, experts w2                 | the same, divided by sqrt(2 n_layers) in pre-norm order   |
+| router, aux w2, head.weight              | normal, std fan_in^-1/2, cut at 3 std                     |
+| norm and QK-norm gains / biases          | 1 / 0                                                     |
+
+Each tensor has a generator of its own, derived from (seed, name): a dense model and its sparse twin start from the
+same attention, embedding and head, so paired seeds differ in nothing but the feed-forward. Under `swin` order the
+norm after each sub-layer makes a depth-dependent scale pointless.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING_STD = 0.5
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Initialise every parameter of a `Transformer` in place; raises KeyError for a name the table does not cover."""
+    config = model.config
+    depth_scale = (2 * config.n_layers) ** -0.5 if config.norm_order == "pre" else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _init(name, parameter, _generator(seed, name), depth_scale)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _init(name: str, parameter: Tensor, generator: torch.Generator, depth_scale: float) -> None:
+    parts = name.split(".")
+    leaf, owner = parts[-1], parts[-2]
+    if leaf.endswith("bias"):
+        parameter.zero_()
+    elif owner.endswith("norm"):
+        parameter.fill_(1.0)
+    elif owner == "embedding":
+        _normal(parameter, EMBEDDING_STD, generator)
+    elif owner in ("wqkv", "wo", "head"):  # nn.Linear stores (out, in)
+        scale = depth_scale if owner == "wo" else 1.0
+        _normal(parameter, scale * parameter.shape[1] ** -0.5, generator)
+    elif leaf in ("w13", "w2", "w1", "router"):  # ours are (..., in, out)
+        scale = depth_scale if leaf == "w2" and "experts" in parts else 1.0
+        _normal(parameter, scale * parameter.shape[-2] ** -0.5, generator)
+    else:
+        raise KeyError(f"no initialisation for parameter {name}")
+
+
+def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    """Drawn on the CPU in fp32, so that every device and precision starts from the same numbers."""
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+    parameter.copy_(values)

@@ -1,0 +1,12 @@
+"""Where autocast must not reach: router scores, norms and losses are computed in at least fp32."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off for the device of `x` (the meta device has none to switch off)."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

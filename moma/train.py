@@ -1,0 +1,431 @@
+"""Pre-train: the loop, one for every variant and objective.
+
+    plan -> batch -> objective -> backward -> clip -> AdamW           every `log.interval` steps: metrics.jsonl
+                                                                      every `checkpoint.interval`: checkpoint
+
+Same command again = resume: the newest whole checkpoint of the run folder goes on, bit for bit. Identity fields
+(what the numbers depend on) must be the same, else the differences are printed and nothing is touched; the rest may
+change. The loop refuses to go on from a loss that is not finite.
+"""
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moma import checkpoint
+from moma.config import Composed, Duration, kind_field
+from moma.config import diff as config_diff
+from moma.data.batch import Batch, build_batch
+from moma.data.loader import Loader
+from moma.data.plan import Plan, PlanShape
+from moma.data.shards import corpus_hash, open_corpus
+from moma.evaluation import perplexity
+from moma.log import LogConfig, Progress, RunLog
+from moma.meter import Meter
+from moma.modality import Vocabulary
+from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig
+from moma.model.flops import parts_of, totals
+from moma.model.transformer import ModelConfig, Transformer, build_model
+from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for
+from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
+from moma.tokenizer.vocab import asset_folder, load_vocabulary
+
+IDENTITY = (
+    "model", "feed_forward", "objective", "data", "optim", "seed", "precision", "init_from", "vocab_hash", "plan",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpus and micro-batch shape (rows x row_length with exactly `images` images): part of the model."""
+
+    corpus: Path
+    rows: int
+    row_length: int
+    images: int
+    accumulation: int = 1  # micro-batches per optimizer step
+    mixture: dict[str, float] = field(default_factory=dict)  # weight per source; empty: by size
+
+    @property
+    def shape(self) -> PlanShape:
+        return PlanShape(self.rows, self.row_length, self.images)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows * self.row_length * self.accumulation
+
+    def modality_shares(self, vocab: Vocabulary) -> tuple[float, ...]:
+        """Constant share of text and image tokens; further modalities count as text here."""
+        image = self.images * vocab.tokens_per_image / (self.rows * self.row_length)
+        return (1 - image, image, *([0.0] * len(vocab.extra_modalities)))
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """`data` orders documents, `init` draws parameters: paired runs share them."""
+
+    data: int = 0
+    init: int = 0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Where and how a step runs; free to change on resume."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    threads: int | None = None  # CPU threads; None: as torch finds them
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during training: how often (null: never) and over how many micro-batches."""
+
+    interval: Duration | None = None
+    batches: int = 8
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often to save, and how many to keep (0: all); the end of a run is always saved."""
+
+    interval: Duration = Duration(steps=1000)
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `moma train` reads."""
+
+    model: ModelConfig
+    feed_forward: FeedForwardConfig = kind_field(FEED_FORWARDS)
+    objective: NextTokenConfig | AuxRoutersConfig = kind_field({k: v[0] for k, v in OBJECTIVES.items()})
+    data: DataConfig = field(kw_only=True)
+    tokenizer: str = field(kw_only=True)  # name of a folder in tokenizers/, or a path
+    duration: Duration = field(kw_only=True)
+    optim: OptimConfig = field(kw_only=True)
+    seed: SeedConfig = SeedConfig()
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+    run_dir: Path | None = None  # null: runs/ and the choices
+    init_from: Path | None = None  # run whose newest checkpoint the parameters start from
+
+
+def main(composed: Composed) -> int:
+    """`moma train`: start or resume a run; returns 0 when it is finished or was asked to stop."""
+    config: TrainConfig = composed.config
+    run_dir = config.run_dir or default_run_dir(composed)
+    return train(config, composed.resolved, run_dir)
+
+
+def default_run_dir(composed: Composed) -> Path:
+    """runs/<data>/<model>-<feed_forward>[-<objective>]-s<init>: derived from the choices, no timestamp."""
+    config, choices = composed.config, composed.choices
+    parts = [choices["model"], choices["feed_forward"]]
+    parts += [choices["objective"]] if choices["objective"] != "next_token" else []
+    seed = f"s{config.seed.init}" + (f"d{config.seed.data}" if config.seed.data else "")
+    return Path("runs") / choices["data"] / "-".join([*parts, seed])
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device a configuration asks for; raises ValueError for a GPU that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("got device=cuda, need a GPU that torch sees: use device=cpu or auto")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """bf16 where the hardware multiplies it natively, else fp32; decided once, at the first start of a run."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The stated policy: matmuls in bf16 over fp32 master weights, or everything in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
+    """Run (or resume) `config` in `run_dir`; see the module docstring. Raises ValueError for a user's mistake."""
+    if config.parallel.threads:
+        torch.set_num_threads(config.parallel.threads)
+    device = choose_device(config.parallel.device)
+    vocab = load_vocabulary(asset_folder(config.tokenizer))
+    sources = open_corpus(config.data.corpus, "train", vocab.hash)
+    plan = Plan(dict(sources), config.data.shape, config.seed.data, config.data.mixture)
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    meta = checkpoint.read_meta(newest) if newest else {}
+    precision = config.precision
+    if precision == "auto":
+        precision = meta.get("precision") or choose_precision("auto", device)
+    identity = {
+        **resolved,
+        "precision": precision,
+        "vocab_hash": vocab.hash,
+        "plan": plan.identity(corpus_hash(config.data.corpus, "train"), vocab.hash),
+    }
+    if meta:
+        check_identity(meta["config"], identity, run_dir)
+
+    needs_aux = config.objective.needs_aux_routers
+    model = build_model(
+        config.model, config.feed_forward, vocab.size, vocab.modalities,
+        seed=config.seed.init, aux_routers=needs_aux, device=device,
+    )  # fmt: skip
+    if config.init_from and not newest:
+        load_parameters(model, config.init_from, needs_aux)
+    freeze_for(config.objective, model)
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    state = {
+        "model": checkpoint.model_state(model),
+        "optimizer": checkpoint.optimizer_state(model, optimizer),
+    }
+    if newest:
+        checkpoint.load(newest, state)
+    if config.parallel.compile == "on" or (config.parallel.compile == "auto" and device.type == "cuda"):
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+    flops = totals(parts_of(model, config.data.row_length, config.data.modality_shares(vocab)))
+    flops_per_token = flops["flops_per_token_train"]
+    tokens_per_step = config.data.tokens_per_step
+    total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
+    learning_rate(
+        0, total, config.optim, tokens_per_step, flops_per_token
+    )  # refuses bad schedules before work
+    run = _Run(config, run_dir, vocab, model, optimizer, state, identity, device, precision, total)
+    run.print_plan(flops, sources, meta.get("step", 0))
+    loader = Loader(plan, dict(sources), vocab, state=meta.get("data"))
+    meter = Meter(None, state=meta.get("meter"))
+    log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
+    try:
+        return run.loop(meta.get("step", 0), loader, meter, log, flops_per_token)
+    finally:
+        loader.close()
+        log.close()
+
+
+def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """Raise ValueError with the differences if a run folder holds another run."""
+    changed, _ = config_diff(before, now, IDENTITY)
+    if changed:
+        lines = "; ".join(changed)
+        raise ValueError(
+            f"got a configuration that is not the one of {run_dir} ({lines}), need the same to resume: "
+            "set another run_dir, or remove the folder to start over"
+        )
+
+
+def load_parameters(model: Transformer, run_dir: Path, new_aux: bool) -> None:
+    """Copy the newest checkpoint's parameters; only auxiliary routers may be new. Raises ValueError otherwise."""
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    if newest is None:
+        raise ValueError(f"got init_from={run_dir} without a checkpoint, need a trained run: train it first")
+    tensors = checkpoint.read_tensors(newest, "model")
+    own = {name for name, _ in model.named_parameters()}
+    missing = sorted(n for n in own - set(tensors) if not (new_aux and ".aux." in n))
+    extra = sorted(set(tensors) - own)
+    shapes = [n for n in own & set(tensors) if model.get_parameter(n).shape != tensors[n].shape]
+    if missing or extra or shapes:
+        first = [*missing, *extra, *shapes][0]
+        raise ValueError(
+            f"got init_from={run_dir} whose parameters differ from this model's ({first} and "
+            f"{len(missing) + len(extra) + len(shapes) - 1} more), need the same model and feed_forward: use its overrides"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def validation_batches(
+    corpus: Path, vocab: Vocabulary, shape: PlanShape, limit: int | None, device: torch.device
+) -> Iterator[Batch]:
+    """Held-out micro-batches of the training shape: one pass over every source, in a fixed order."""
+    sources = dict(open_corpus(corpus, "val", vocab.hash))
+    plan = Plan(sources, shape, seed=0, passes=1)
+    for micro_batch, _ in plan.run():
+        if limit is not None and micro_batch.number >= limit:
+            return
+        yield build_batch(micro_batch, sources, shape, vocab).to(device)
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether the tree was clean; empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.stdout.strip(), "clean": not status.stdout.strip()}
+
+
+@dataclass
+class _Run:
+    """What the loop and its once-in-a-while parts share."""
+
+    config: TrainConfig
+    run_dir: Path
+    vocab: Vocabulary
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    state: dict[str, Any]
+    identity: dict[str, Any]
+    device: torch.device
+    precision: str
+    total: int
+    stop_asked: bool = False
+
+    def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog, flops_per_token: float) -> int:
+        """Steps until `total` or a signal; the step itself is the block between the rulers."""
+        config, stream = self.config, iter(loader)
+        objective = OBJECTIVES[config.objective.kind][1]
+        units = (config.data.tokens_per_step, flops_per_token)
+        every = lambda d: None if d is None else max(1, d.to_steps(*units, self.total))  # noqa: E731
+        eval_every, save_every = every(config.eval.interval), every(config.checkpoint.interval)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        progress, window, data_state = Progress(config.objective.kind, self.total, step), {}, loader.state
+        with self._signals():
+            while step < self.total and not self.stop_asked:
+                logs = (step + 1) % config.log.interval == 0 or step + 1 == self.total
+                # ---- one step ---------------------------------------------------------------------------------
+                with meter.time("data_wait"):
+                    batches = []
+                    for _ in range(config.data.accumulation):
+                        batch, data_state = next(stream)
+                        batches.append(batch.to(self.device))
+                denominator = sum(batch.n_targets for batch in batches)
+                for batch in batches:
+                    with autocast(self.precision, self.device):
+                        loss, tallies = objective(
+                            config.objective, self.model, batch, denominator, self.vocab, logs
+                        )
+                    loss.backward()
+                    _add(window, tallies)
+                grad_norm = clip_(parameters, config.optim.clip_norm)
+                lr = learning_rate(step, self.total, config.optim, *units)
+                set_learning_rate(self.optimizer, lr)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                step += 1
+                meter.add(units[0], units[0] * flops_per_token)
+                # -------------------------------------------------------------------------------------------------
+                values: dict[str, float] = {}
+                if logs:
+                    values = _means(window) | {"grad_norm": grad_norm.item(), "lr": lr} | meter.rates()
+                    self._refuse_non_finite(values, step, batches)
+                    window = {}
+                if eval_every and (step % eval_every == 0 or step == self.total):
+                    with meter.time("eval"):
+                        values |= self._validate()
+                if values:
+                    log.metrics(step, values)
+                    progress.update(step, _summary(values))
+                if step % save_every == 0 or step == self.total or self.stop_asked:
+                    with meter.time("checkpoint"):
+                        self._save(step, data_state, meter, log)
+        progress.close()
+        if step < self.total:
+            print(f"stopped after step {step} of {self.total}: run the same command to go on")
+        return 0
+
+    def _validate(self) -> dict[str, float]:
+        config = self.config
+        if config.objective.needs_aux_routers:
+            return {}
+        batches = validation_batches(
+            config.data.corpus, self.vocab, config.data.shape, config.eval.batches, self.device
+        )
+        with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
+            metrics = perplexity(self.model, batches, self.vocab, "train")
+        return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")}
+
+    def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog) -> None:
+        meta = {
+            "config": self.identity,
+            "git": git_state(),
+            "vocab_hash": self.vocab.hash,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "data": data_state,
+            "meter": meter.state(),
+            "metrics_offset": log.offset(),
+            "wandb_id": log.wandb_id,
+            "total_steps": self.total,
+        }
+        state = {
+            "model": checkpoint.model_state(self.model),
+            "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
+        }
+        checkpoint.save(self.run_dir / "checkpoints", step, state, meta, self.config.checkpoint.keep_last)
+
+    def _refuse_non_finite(self, values: dict[str, float], step: int, batches: list[Batch]) -> None:
+        bad = [n for n, v in values.items() if (n.startswith("loss") or n == "grad_norm") and v - v != 0]
+        if bad:
+            numbers = [batch.number for batch in batches]
+            raise ValueError(
+                f"got {', '.join(bad)} not finite at or before step {step} (last micro-batches {numbers}), need finite "
+                f"numbers: the last checkpoint in {self.run_dir} is good; lower optim.lr"
+            )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM finish the step, save and end the run in order; a second one kills as usual."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.stop_asked = True
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def print_plan(self, flops: dict[str, float], sources: dict[str, Any], step: int) -> None:
+        """What is about to happen, in a few lines."""
+        data, per_step = self.config.data, self.config.data.tokens_per_step
+        image = data.modality_shares(self.vocab)[1]
+        corpus = sum(int(s.document_tokens.sum()) for s in sources.values())
+        print(
+            f"{self.run_dir}: {'resume at step ' + str(step) if step else 'start'}, {self.total} steps of {per_step} tokens "
+            f"({data.accumulation} x {data.rows} rows x {data.row_length}, {data.images} images each, "
+            f"{image:.0%} image tokens), corpus {corpus / 1e6:.2f} M tokens\n"
+            f"  {flops['params_total'] / 1e6:.2f} M parameters, {flops['params_active'] / 1e6:.2f} M active, "
+            f"{flops['flops_per_token_train'] / 1e6:.1f} MFLOP per token, {self.precision} on {self.device}, "
+            f"{torch.get_num_threads()} threads"
+        )
+
+
+def _add(window: Tallies, tallies: Tallies) -> None:
+    for name, tally in tallies.items():
+        window[name] = window[name] + tally.detach() if name in window else tally.detach()
+
+
+def _means(window: Tallies) -> dict[str, float]:
+    """One transfer for all tallies; a tally that counted nothing is left out."""
+    sums = torch.stack(list(window.values())).double().cpu().tolist()
+    return {name: total / count for name, (total, count) in zip(window, sums, strict=True) if count}
+
+
+def _summary(values: dict[str, float]) -> str:
+    names = ("loss", "loss_text", "loss_image", "aux_loss", "val_loss", "tokens_per_second")
+    return " ".join(f"{name} {values[name]:.4g}" for name in names if name in values)

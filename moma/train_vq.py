@@ -1,0 +1,466 @@
+"""Train the image tokenizer: pictures in, `vqgan.json` and `vqgan.safetensors` out.
+
+    pictures -> uint8 cache -> seeded batches -> VQ-GAN <-> patch discriminator -> held-out PSNR, asset
+
+The one two-player loop of moma: each step updates the VQ-GAN, then its EMA code book, then (from
+`discriminator_start` on) the discriminator. Pictures come from the emoji packages, from folders and from tar
+files. Emoji whose concept is held out by `moma/data/sources/split.py` are never trained on, in any vendor's
+drawing, so a corpus split the same way stays unseen by its tokenizer; folders and tars are split by listing.
+
+The order, the augmentation and the code-book restarts are functions of (seed, step), so a run that is stopped
+and started again gives the same bits as one that was not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from moma import checkpoint
+from moma.checkpoint import model_state, optimizer_state
+from moma.data.sources.emoji import EmojiConfig, emoji_files, read_picture
+from moma.data.sources.split import concept_key, is_held_out
+from moma.log import Progress
+from moma.meter import Duration
+from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
+from moma.tokenizer.image import ImageTokenizer, open_image, preprocess, to_tensor
+from moma.vqgan.losses import PatchDiscriminator, PerceptualLoss, hinge_loss, picture_gradient
+from moma.vqgan.model import VqConfig, VqModel, save_vq
+from moma.vqgan.quantize import code_statistics, empty_state, update_codebook
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+METRICS = (
+    "metrics.jsonl"  # in the run folder: training rows every log_every steps, held-out rows every eval_every
+)
+# Fields that may change between a run and its resumption: they do not touch the weights.
+_FREE = ("out", "export", "cache", "log_every", "eval_every", "checkpoint_every", "grid_pictures")
+
+
+@dataclass(frozen=True)
+class TrainVqConfig:
+    """Settings of `moma train_vq`; the defaults are those of the asset `small` (without its photographs)."""
+
+    out: Path = Path("runs/train_vq")  # run folder: metrics, grid, checkpoints
+    export: Path | None = None  # folder that gets vqgan.json and vqgan.safetensors; None: <out>/export
+    cache: Path = Path(".cache/train_vq")  # preprocessed pictures, reused by later runs
+    # Pictures: copies of each source in an epoch (0 = leave it out), tars or folders by path.
+    twemoji: int = 2
+    openmoji: int = 1
+    train_paths: tuple[Path, ...] = ()
+    val_paths: tuple[Path, ...] = ()
+    fit: Literal["crop", "pad"] = "crop"
+    flip: bool = True  # mirror half of the training pictures
+    shift: int = 3  # move them by up to this many pixels
+    model: VqConfig = field(
+        default_factory=lambda: VqConfig(
+            resolution=64,
+            ch=16,
+            ch_mult=(1, 2, 4, 6),
+            num_res_blocks=1,
+            decoder_ch=32,
+            decoder_ch_mult=(1, 1, 3, 4),
+            decoder_num_res_blocks=0,
+            z_channels=64,
+            embed_dim=16,
+            n_embed=1024,
+            norm_groups=4,
+            ema=True,
+        )
+    )
+    steps: int = 4000
+    batch_size: int = 16
+    lr: float = 1e-3
+    end_lr: float = 1e-5
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    quantizer_weight: float = 1.0
+    quantize_start: int = 100  # a plain autoencoder until this step; then codes are drawn from its vectors
+    perceptual_weight: float = 0.2
+    discriminator_weight: float = 0.0  # 0 = no discriminator
+    discriminator_start: int = 0
+    discriminator_lr: float = 2e-4
+    ema_decay: float = 0.97  # of the code book, where model.ema
+    dead_below: float = 0.2  # codes used less than this share of the mean are restarted
+    restart_until: float = 0.8  # share of the steps after which codes are left alone
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: str = "cpu"
+    threads: int | None = None  # None: torch's choice
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 1000
+    checkpoint_every: int = 500
+    grid_pictures: int = 16  # held-out pictures per source in the reconstruction grid
+    export_dtype: Literal["fp16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        if not (self.twemoji or self.openmoji or self.train_paths):
+            raise ValueError(
+                "got no pictures, need at least one source: set twemoji=1, openmoji=1 or train_paths=[TAR]"
+            )
+        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name}={getattr(self, name)}, need at least 1: raise it")
+        if self.precision not in ("bf16", "fp32") or self.export_dtype not in ("fp16", "fp32"):
+            raise ValueError(
+                f"got precision={self.precision} and export_dtype={self.export_dtype}, need bf16 or fp32 and "
+                "fp16 or fp32: choose one of these"
+            )
+
+
+def train_vq(config: TrainVqConfig) -> dict[str, float]:
+    """Train, evaluate on held-out pictures and export; resumes from the newest checkpoint in `config.out`.
+
+    Returns `parameters` and the exported model's held-out metrics (`evaluate_vq`). ValueError if a checkpoint
+    of other settings lies in `out`.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    out, export = config.out, config.export or config.out / "export"
+    out.mkdir(parents=True, exist_ok=True)
+    train, held_out = _collect(config)
+    index = np.concatenate([np.tile(i, copies) for i, copies in _source_ranges(train)])
+    pixels = np.concatenate([part for part, _ in train.values()])
+
+    torch.manual_seed(config.seed)
+    model = VqModel(config.model).to(config.device)
+    optimizer = build_optimizer(model.named_parameters(), _optim(config, config.lr))
+    codebook = model.quantize.embedding.weight
+    ema = empty_state(codebook.detach())
+    adversary = PatchDiscriminator().to(config.device) if config.discriminator_weight > 0 else None
+    adversary_optimizer = None
+    if adversary is not None:
+        settings = _optim(config, config.discriminator_lr)
+        adversary_optimizer = build_optimizer(adversary.named_parameters(), settings)
+    perceptual = PerceptualLoss().to(config.device) if config.perceptual_weight > 0 else None
+
+    state = {
+        "model": model_state(model),
+        "optimizer": optimizer_state(model, optimizer),
+        "ema": ema._asdict(),
+    }
+    if adversary is not None:
+        state["discriminator"] = model_state(adversary)
+        state["discriminator_optimizer"] = optimizer_state(adversary, adversary_optimizer)
+    start = _resume(config, state)
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"train_vq: {len(pixels)} training pictures ({len(index)} an epoch), held out "
+        + ", ".join(f"{len(part)} {name}" for name, part in held_out.items())
+        + f"; {size:,} parameters; step {start}/{config.steps}",
+        flush=True,
+    )
+
+    metrics: dict[str, float] = {}
+    order, progress = _Order(index, config.seed), Progress("train_vq", config.steps, start)
+    for step in range(start, config.steps):
+        x = to_tensor(_augment(pixels[order.batch(step, config.batch_size)], config, step), config.device)
+        set_learning_rate(optimizer, learning_rate(step, config.steps, _optim(config, config.lr)))
+        adversarial = adversary is not None and step >= config.discriminator_start
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            z = model.features(x)
+            quantized = model.quantize(z)
+            bypass = step < config.quantize_start
+            x_hat = model.decode(z if bypass else quantized.quantized)
+            picture = picture_gradient(
+                x_hat,
+                x,
+                model.decoder.conv_out.weight,
+                perceptual,
+                adversary if adversarial else None,
+                perceptual_weight=config.perceptual_weight,
+                discriminator_weight=config.discriminator_weight,
+            )
+        optimizer.zero_grad(set_to_none=True)
+        weight = 0.0 if bypass else config.quantizer_weight
+        torch.autograd.backward([x_hat, weight * quantized.loss], [picture.gradient.to(x_hat.dtype), None])
+        norm = clip_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        if config.model.ema and not bypass:
+            update_codebook(
+                codebook,
+                ema,
+                z.detach().float().permute(0, 2, 3, 1).flatten(0, 2),
+                quantized.codes.flatten(),
+                decay=config.ema_decay,
+                dead_below=config.dead_below if step < config.restart_until * config.steps else 0.0,
+                generator=torch.Generator(config.device).manual_seed(config.seed * 2**32 + step),
+            )
+        d_loss = x.new_zeros(())
+        if adversarial:
+            schedule = _optim(config, config.discriminator_lr)
+            set_learning_rate(adversary_optimizer, learning_rate(step, config.steps, schedule))
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                d_loss = hinge_loss(adversary(x), adversary(x_hat.detach()))
+            adversary_optimizer.zero_grad(set_to_none=True)
+            d_loss.backward()
+            adversary_optimizer.step()
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            row = {
+                "step": done,
+                "l1": picture.l1,
+                "perceptual": picture.perceptual,
+                "quantizer": quantized.loss.detach(),
+                "adversarial": picture.adversarial,
+                "adaptive": picture.adaptive,
+                "discriminator": d_loss.detach(),
+                "grad_norm": norm,
+                "usage": quantized.usage,
+                "perplexity": quantized.perplexity,
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+            row = {name: float(value) for name, value in row.items()} | {"step": done}
+            _append(out, row)
+            progress.update(
+                done,
+                f"l1 {row['l1']:.4f}  perceptual {row['perceptual']:.4f}  quantizer {row['quantizer']:.4f}  "
+                f"perplexity {row['perplexity']:.0f}",
+            )
+        if done % config.eval_every == 0 or done == config.steps:
+            metrics = evaluate_vq(model, held_out)
+            _append(out, {"step": done, **metrics})
+            save_grid(model, held_out, config.grid_pictures, out / "grid.png")
+            print(
+                "held out  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True
+            )
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            meta = {"config": _identity(config), "metrics_offset": (out / METRICS).stat().st_size}
+            checkpoint.save(out / "checkpoints", done, state, meta, keep_last=2)
+
+    metrics = metrics or evaluate_vq(model, held_out)
+    save_grid(model, held_out, config.grid_pictures, out / "grid.png")
+    save_vq(model, export, torch.float16 if config.export_dtype == "fp16" else torch.float32)
+    # What users get is the stored file, so its own numbers are the ones reported.
+    exported = evaluate_vq(ImageTokenizer.load(export, config.device).model, held_out)
+    result = {"parameters": size, **exported}
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"exported {export}: " + "  ".join(f"{k} {v:.4g}" for k, v in exported.items()), flush=True)
+    return result
+
+
+@torch.no_grad()
+def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32) -> dict[str, float]:
+    """Held-out metrics in float32 for each source's pictures uint8 (n, s, s, 3).
+
+    `psnr.<source>` dB, mean over the pictures' own PSNR after rounding to 8 bits; `usage.<source>` share of
+    the codes that occur; `perplexity.<source>` of the codes over the whole source.
+    """
+    metrics = {}
+    tokenizer = ImageTokenizer(model, next(model.parameters()).device, batch)
+    training = model.training
+    for name, pixels in held_out.items():
+        codes = tokenizer.encode_pixels(pixels)
+        error = tokenizer.decode_pixels(codes).astype(np.float64) - pixels
+        mse = np.square(error).mean((1, 2, 3))
+        usage, perplexity = code_statistics(torch.from_numpy(codes), model.config.n_embed)
+        metrics[f"psnr.{name}"] = float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 1e-3))))
+        metrics[f"usage.{name}"] = float(usage)
+        metrics[f"perplexity.{name}"] = float(perplexity)
+    model.train(training)
+    return metrics
+
+
+def save_grid(model: VqModel, held_out: dict[str, np.ndarray], n: int, path: Path, columns: int = 8) -> None:
+    """Write a PNG of `n` held-out pictures per source, evenly spaced, each above its reconstruction, 2x."""
+    tokenizer = ImageTokenizer(model, next(model.parameters()).device)
+    strips = []
+    training = model.training
+    for name, pixels in held_out.items():
+        chosen = pixels[np.linspace(0, len(pixels) - 1, min(n, len(pixels))).astype(int)]
+        again = tokenizer.decode_pixels(tokenizer.encode_pixels(chosen))
+        size = chosen.shape[1]
+        for start in range(0, len(chosen), columns):
+            strip = np.full((2 * size, columns * size, 3), 128, dtype=np.uint8)
+            for i, pair in enumerate(zip(chosen[start:], again[start:], strict=True)):
+                if i < columns:
+                    strip[:, i * size : (i + 1) * size] = np.concatenate(pair)
+            image = Image.fromarray(strip).resize((2 * columns * size, 4 * size), Image.Resampling.NEAREST)
+            ImageDraw.Draw(image).text((2, 2), name, fill="red")
+            strips.append(np.asarray(image))
+    model.train(training)
+    _atomic(path, lambda temporary: Image.fromarray(np.concatenate(strips)).save(temporary, format="PNG"))
+
+
+def read_pictures(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of every picture in a folder (recursively) or a tar, sorted by name; nothing is unpacked.
+
+    ValueError if `path` is neither.
+    """
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+            yield str(file.relative_to(path)), file.read_bytes()
+    elif path.is_file() and tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            members = (m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES))
+            for member in sorted(members, key=lambda m: m.name):
+                yield member.name, tar.extractfile(member).read()
+    else:
+        raise ValueError(
+            f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths"
+        )
+
+
+class _Order:
+    """Picture numbers of each step: one seeded permutation per epoch, batches run across the seams."""
+
+    def __init__(self, index: np.ndarray, seed: int):
+        self.index, self.seed, self.epoch, self.shuffled = index, seed, -1, index
+
+    def batch(self, step: int, size: int) -> np.ndarray:
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, place = divmod(position, len(self.index))
+            if epoch != self.epoch:
+                self.epoch = epoch
+                self.shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.index)
+            chosen.append(self.shuffled[place])
+        return np.array(chosen)
+
+
+def _augment(pixels: np.ndarray, config: TrainVqConfig, step: int) -> np.ndarray:
+    """Mirrored and shifted copies of `pixels` uint8 (n, s, s, 3); the border is repeated outwards."""
+    random = np.random.default_rng((config.seed, 1, step))
+    n, size, r = len(pixels), pixels.shape[1], config.shift
+    mirror = random.random(n) < (0.5 if config.flip else 0.0)
+    offset = random.integers(0, 2 * r + 1, (n, 2))
+    padded = np.pad(pixels, ((0, 0), (r, r), (r, r), (0, 0)), mode="edge")
+    result = np.stack([p[y : y + size, x : x + size] for p, (y, x) in zip(padded, offset, strict=True)])
+    result[mirror] = result[mirror, :, ::-1]
+    return result
+
+
+def _collect(
+    config: TrainVqConfig,
+) -> tuple[dict[str, tuple[np.ndarray, int]], dict[str, np.ndarray]]:
+    """Training pictures with their copies per epoch, and held-out pictures, by source; uint8 (n, s, s, 3)."""
+    train, held_out = {}, {}
+    for vendor, copies in (("twemoji", config.twemoji), ("openmoji", config.openmoji)):
+        if copies:
+            sides: tuple[list, list] = ([], [])
+            for points, name, path in emoji_files(EmojiConfig(vendor)):
+                sides[is_held_out(concept_key(name))].append((points, path))
+            for side, listing in zip(("train", "val"), sides, strict=True):
+                names = [points for points, _ in listing]
+                pictures = ((points, read_picture(path, EmojiConfig.size)) for points, path in listing)
+                part = _cached(config, f"{vendor}-{side}", names, pictures)
+                if side == "train":
+                    train[vendor] = (part, copies)
+                else:
+                    held_out[vendor] = part
+    for path in config.train_paths:
+        train[str(path)] = (_cached(config, f"{path.stem}-train", _stamp(path), read_pictures(path)), 1)
+    for path in config.val_paths:
+        name = path.stem if path.stem not in held_out else str(path)
+        held_out[name] = _cached(config, f"{path.stem}-val", _stamp(path), read_pictures(path))
+    if not held_out:
+        raise ValueError(
+            "got no held-out pictures, need some to measure the tokenizer: give val_paths or use the emoji"
+        )
+    return train, held_out
+
+
+def _source_ranges(train: dict[str, tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
+    start = 0
+    for part, copies in train.values():
+        yield np.arange(start, start + len(part)), copies
+        start += len(part)
+
+
+def _stamp(path: Path) -> list[str]:
+    """What cached pictures of a folder or tar depend on: names, sizes and times of the files."""
+    if not path.exists():
+        raise ValueError(
+            f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths"
+        )
+    files = sorted(path.rglob("*")) if path.is_dir() else [path.resolve()]
+    return [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+
+
+def _cached(
+    config: TrainVqConfig, name: str, stamp: list[str], pictures: Iterable[tuple[str, bytes]]
+) -> np.ndarray:
+    """Preprocessed pictures uint8 (n, s, s, 3), read once and cached; unreadable ones are reported."""
+    size = config.model.resolution
+    key = hashlib.sha256(json.dumps(["moma-vq-1", size, config.fit, stamp]).encode()).hexdigest()[:16]
+    path = config.cache / f"{name}-{size}-{key}.npy"
+    if not path.is_file():
+        kept, skipped = [], []
+        for file, data in pictures:
+            try:
+                kept.append(preprocess(open_image(data, file), size, config.fit))
+            except ValueError as error:
+                skipped.append(str(error))
+        if skipped:
+            print(f"train_vq: {name}: {len(skipped)} pictures left out, first: {skipped[0]}", flush=True)
+        if not kept:
+            raise ValueError(
+                f"got no readable picture for {name}, need at least one of {SUFFIXES}: check its path"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _atomic(path, lambda temporary: _write_array(temporary, np.stack(kept)))
+    return np.load(path, allow_pickle=False)
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save on a name would add .npy to the temporary one
+        np.save(file, array, allow_pickle=False)
+
+
+def _atomic(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+def _optim(config: TrainVqConfig, lr: float) -> OptimConfig:
+    return OptimConfig(
+        lr=lr,
+        end_lr=min(config.end_lr, lr),
+        schedule="cosine",
+        warmup=Duration(steps=min(config.warmup_steps, config.steps)),
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+
+
+def _append(out: Path, row: dict[str, float]) -> None:
+    with (out / METRICS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _identity(config: TrainVqConfig) -> dict[str, Any]:
+    """The settings that decide the weights, as JSON would give them back."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    return json.loads(json.dumps(fields, default=str))
+
+
+def _resume(config: TrainVqConfig, state: dict[str, Any]) -> int:
+    """Load the newest checkpoint into `state`, in place, and cut the metrics there; its step, or 0."""
+    metrics, folder = config.out / METRICS, checkpoint.latest(config.out / "checkpoints")
+    if folder is None:
+        metrics.write_text("")
+        return 0
+    meta, want = checkpoint.read_meta(folder), _identity(config)
+    have = meta["config"]
+    changed = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+    if changed:
+        raise ValueError(
+            f"got a checkpoint in {config.out} of a run with other settings ({', '.join(changed)}), need the "
+            "same settings to resume: restore them, or give another `out`"
+        )
+    checkpoint.load(folder, state)
+    with metrics.open("a") as file:
+        file.truncate(meta["metrics_offset"])
+    return meta["step"]

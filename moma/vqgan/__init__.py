@@ -1,0 +1,1 @@
+"""The image tokenizer's network: VQ-GAN (`model`), quantiser (`quantize`) and losses (`losses`)."""

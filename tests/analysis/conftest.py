@@ -1,0 +1,237 @@
+"""A made-up study on disk, as the verbs write it: a dense and a sparse run, its routers' run, generations.
+
+Curves have a planted speed-up: sparse(F) = dense(ETA F) on both modalities.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+ETA = 2.0
+TOKENS_PER_STEP, FLOPS_PER_TOKEN = 2048, 3.0e7
+PROMPTS = ("red apple", "full moon", '<b>not bold</b> & "quoted"', "snail", "umbrella with rain drops", "key")
+
+
+def loss_at(flops: np.ndarray, total: float, floor: float, scale: float) -> np.ndarray:
+    return floor + scale * (flops / total + 0.01) ** -0.35
+
+
+def write_run(
+    folder: Path, experts: dict[str, int] | None, seed: int = 0, lines: int = 60, noise: float = 0.01,
+    objective: str = "next_token", init_from: Path | None = None, speed: float | None = None,
+) -> Path:  # fmt: skip
+    """metrics.jsonl and one checkpoint's meta.json."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed + (100 if experts else 0))
+    step = 10 * np.arange(1, lines + 1)
+    flops = step * TOKENS_PER_STEP * FLOPS_PER_TOKEN
+    speed = speed or (ETA if experts else 1.0)
+    text = loss_at(speed * flops, flops[-1], 2.6, 0.9) + rng.normal(0, noise, lines)
+    image = loss_at(speed * flops, flops[-1], 3.6, 0.6) + rng.normal(0, noise, lines)
+    rows = []
+    for i in range(lines):
+        if objective == "aux_routers":
+            rows.append({"step": int(step[i]), "aux_loss": 0.6 - 0.2 * i / lines, "flops": float(flops[i])})
+            continue
+        row: dict[str, Any] = {
+            "step": int(step[i]), "loss": (text[i] + image[i]) / 2, "loss_text": text[i], "loss_image": image[i],
+            "tokens": int(step[i] * TOKENS_PER_STEP), "flops": float(flops[i]), "lr": 1e-3, "grad_norm": 1.0,
+            "tokens_per_second": 4000.0 - (500 if experts else 0), "data_wait_s": 0.01,
+        }  # fmt: skip
+        rows.append(row)
+        if (i + 1) % (lines // 6) == 0:
+            rows.append(
+                {"step": int(step[i]), "val_loss": (text[i] + image[i]) / 2 + 0.1, "val_loss_text": text[i] + 0.1,
+                 "val_loss_image": image[i] + 0.1}
+            )  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = folder / "checkpoints" / f"step-{step[-1]:08d}"
+    checkpoint.mkdir(parents=True)
+    meta = {
+        "format": 1,
+        "step": int(step[-1]),
+        "config": {
+            "model": {"dim": 256, "n_layers": 6, "n_heads": 4},
+            "feed_forward": {"kind": "sparse", "experts": experts} if experts else {"kind": "dense"},
+            "objective": {"kind": objective},
+            "seed": {"data": seed, "init": seed},
+            "data": {
+                "corpus": "corpora/emoji",
+                "rows": 4,
+                "row_length": 512,
+                "images": 16,
+                "accumulation": 1,
+            },
+            "tokenizer": "small",
+            "precision": "bf16",
+            "init_from": str(init_from) if init_from else None,
+        },
+        "git": {"commit": "0123456789abcdef", "clean": True},
+        "precision": "bf16",
+        "threads": 2,
+        "torch": "2.13.0",
+        "meter": {
+            "tokens": int(step[-1] * TOKENS_PER_STEP),
+            "flops": float(flops[-1]),
+            "seconds": {"train": 700.0, "eval": 20.0, "data_wait": 1.0, "compile": 0.0, "checkpoint": 2.0},
+        },
+        "total_steps": int(step[-1]),
+    }
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def losses(text: float, image: float) -> dict[str, float]:
+    return {
+        "loss": (text + image) / 2, "loss_text": text, "loss_text_plain": text + 0.2, "loss_image": image,
+        "targets": 90000.0,
+    }  # fmt: skip
+
+
+def write_eval(
+    folder: Path, run: Path, experts: dict[str, int] | None, layers: int = 6, seed: int = 0
+) -> None:
+    """eval.json of a model: dense (`causal`), or sparse with trained routers (`train` and `aux`, maps)."""
+    rng = np.random.default_rng(seed)
+    text, image = (3.5, 4.22) if experts is None else (3.3, 3.95)
+    result: dict[str, Any] = {
+        "run": str(run), "model": "tiny", "feed_forward": "moe_4t4i" if experts else "dense", "step": 600,
+        "tokens": 1228800, "flops": 3.69e13, "corpus": "corpora/emoji", "split": "val", "micro_batches": 24,
+        "precision": "bf16", "params_total": 2.2e7 if experts else 7.4e6, "params_active": 7.4e6,
+        "flops_per_token_forward": 1.0e7, "flops_per_token_train": 3.0e7,
+        "loss": {"causal": losses(text, image)} if experts is None
+        else {"train": losses(text, image), "aux": losses(text + 0.06, image + 0.08)},
+        "baselines": {"text_bigram": 4.37, "text_unigram": 6.1, "image_position_unigram": 4.93},
+        "pictures": {
+            "generated": {"kid": 0.061, "se": 0.004}, "unigram": {"kid": 0.31, "se": 0.006},
+            "reconstruction": {"kid": 0.011, "se": 0.002}, "network": "efficientnet-lite0", "n": 200,
+        },
+    }  # fmt: skip
+    if experts:
+        result |= _routers(experts, layers, rng)
+    (folder / "eval.json").write_text(json.dumps(result))
+
+
+def _routers(experts: dict[str, int], layers: int, rng: np.random.Generator) -> dict[str, Any]:
+    names = [f"{m} {e}" for m, n in experts.items() for e in range(n)]
+    y, x = np.mgrid[0:8, 0:8] / 7
+    share: dict[str, Any] = {"train": [], "aux": []}
+    place: dict[str, Any] = {"train": [], "aux": []}
+    top = []
+    for layer in range(layers):
+        for mode in share:
+            jitter = 0 if mode == "train" else 0.06
+            share[mode].append(
+                [[float(max(0, 1 / n + rng.normal(0, jitter))) * (m == k) for k in experts]
+                 for m, n in experts.items() for _ in range(n)]
+            )  # fmt: skip
+        grids = []
+        for m, n in experts.items():
+            for e in range(n):
+                angle = 2 * math.pi * (e / n) + 0.7 * layer
+                cy, cx = 0.5 + 0.42 * math.sin(angle), 0.5 + 0.42 * math.cos(angle)
+                far = (y - cy) ** 2 + (x - cx) ** 2
+                grids.append(
+                    np.exp(-far / (0.05 + 0.03 * layer)) + 0.05 if m == "image" else np.zeros((8, 8))
+                )
+        total = np.maximum(sum(grids), 1e-9)
+        for mode in place:
+            noise = 0.02 if mode == "train" else 0.06
+            place[mode].append(
+                [np.clip(g / total + rng.normal(0, noise, (8, 8)) * (g.max() > 0), 0, 1).ravel().round(4).tolist()
+                 for g in grids]
+            )  # fmt: skip
+        words = [
+            "the",
+            " Lord",
+            "<boi>",
+            " face",
+            "\n",
+            " of",
+            " light",
+            " skin",
+            "<script>",
+            " king",
+            ",",
+            " flag",
+        ]
+        top.append(
+            [[[words[(e * 3 + i + layer) % 12], 3.9 - 0.3 * i] for i in range(12)] if m == "text" else []
+             for m, n in experts.items() for e in range(n)]
+        )  # fmt: skip
+    one = lambda drop: [  # noqa: E731
+        {"accuracy": 0.9 - 0.01 * i - drop, "majority": 0.75, "auc": 0.95 - 0.012 * i - drop, "precision": 0.8,
+         "recall": 0.78, "experts_true": 1.0, "experts_predicted": 0.97 - 0.5 * drop}
+        for i in range(layers)
+    ]  # fmt: skip
+    return {
+        "maps": {
+            "experts": names, "modalities": list(experts), "share": share, "image_position": place,
+            "score": {mode: rng.uniform(0.4, 0.9, (layers, len(names))).tolist() for mode in share},
+            "grid": [8, 8], "top_tokens": top,
+        },
+        "routing": {"training": one(0.0), "free_running": one(0.04)},
+    }  # fmt: skip
+
+
+def drawing(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (64, 64), "white")
+    draw = ImageDraw.Draw(image)
+    for _ in range(4):
+        a, b = rng.integers(4, 60, 2), rng.integers(4, 60, 2)
+        box = [int(min(a[0], b[0])), int(min(a[1], b[1])), int(max(a[0], b[0])) + 3, int(max(a[1], b[1])) + 3]
+        draw.ellipse(box, fill=tuple(int(v) for v in rng.integers(0, 255, 3)))
+    return image
+
+
+def write_generations(folder: Path, run: Path, label: str, seed: int = 0, samples: int = 3) -> Path:
+    folder.mkdir(parents=True)
+    entries = []
+    for number, prompt in enumerate(PROMPTS):
+        real = f"real-{number}.png"
+        drawing(number).save(folder / real)
+        files = []
+        for sample in range(samples):
+            files.append(f"picture-{number}-{sample}.png")
+            drawing(1000 + 100 * seed + 10 * number + sample).save(folder / files[-1])
+        entries.append({"kind": "picture", "prompt": prompt, "text": "", "files": files, "real": real})
+        entries.append(
+            {"kind": "caption", "prompt": prompt, "text": f"a {prompt} by {label}", "files": [], "real": real}
+        )
+    mode = "causal" if label == "dense" else "aux"
+    record = {"run": str(run), "feed_forward": label, "mode": mode, "entries": entries}
+    (folder / "generations.json").write_text(json.dumps(record))
+    return folder
+
+
+def write_study(
+    root: Path, seeds: tuple[int, ...] = (0,), lines: int = 60, layers: int = 6, samples: int = 3
+) -> dict[str, list[Path]]:
+    """Runs and generation folders of a whole study: `runs`, `generations`."""
+    experts, runs = {"text": 4, "image": 4}, []
+    for seed in seeds:
+        dense = write_run(root / f"runs/tiny-dense-s{seed}", None, seed, lines)
+        sparse = write_run(root / f"runs/tiny-moe_4t4i-s{seed}", experts, seed, lines)
+        aux = write_run(
+            root / f"runs/tiny-moe_4t4i-aux_routers-s{seed}", experts, seed, 12, 0, "aux_routers", sparse
+        )
+        write_eval(dense, dense, None, layers, seed)
+        write_eval(aux, aux, experts, layers, seed)
+        runs += [dense, sparse, aux]
+    generations = [
+        write_generations(root / "generations/dense", runs[0], "dense", 1, samples),
+        write_generations(root / "generations/moe_4t4i", runs[2], "moe_4t4i", 2, samples),
+    ]
+    return {"runs": runs, "generations": generations}
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """One seed, two layers: read only."""
+    return write_study(tmp_path_factory.mktemp("study"), lines=30, layers=2, samples=2)

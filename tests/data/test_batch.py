@@ -1,0 +1,141 @@
+"""Batches: constant counts, targets, continuation across cuts, padding; the loader's order and errors."""
+
+import numpy as np
+import pytest
+import torch
+
+from moma.data.batch import build_batch
+from moma.data.loader import Loader
+from moma.data.plan import Plan, PlanShape
+from moma.data.shards import open_corpus
+from moma.data.synthetic import write_synthetic
+from moma.modality import IGNORE, modality_of
+
+SHAPE = PlanShape(rows=2, row_length=96, images=4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    _, corpus, vocab = write_synthetic(tmp_path_factory.mktemp("made"), pairs=40, texts=40)
+    return dict(open_corpus(corpus, "train", vocab.hash)), vocab
+
+
+def test_counts_are_constant_and_groups_partition_the_tokens(made):
+    sources, vocab = made
+    plan = Plan(sources, SHAPE, seed=0)
+    for (micro_batch, _), _ in zip(plan.run(), range(30), strict=False):
+        batch = build_batch(micro_batch, sources, SHAPE, vocab)
+        assert batch.exact and batch.groups.valid is None
+        image, text = 4 * vocab.tokens_per_image, 2 * 96 - 4 * vocab.tokens_per_image
+        assert [len(i) for i in batch.groups.index] == [text, image]
+        modality = modality_of(batch.tokens_RL.flatten(), vocab)
+        for m, (index, slot) in enumerate(zip(batch.groups.index, batch.groups.slot, strict=True)):
+            assert (modality[index] == m).all() and (index.diff() > 0).all()
+            assert torch.equal(slot[index], torch.arange(len(index))) and int((slot >= 0).sum()) == len(index)
+
+
+def test_targets_follow_inputs_even_across_a_cut(made):
+    """Rebuild every document from (input, target) pairs: each token but the first is a target exactly once."""
+    sources, vocab = made
+    plan = Plan(sources, SHAPE, seed=0, passes=1)
+    targets = {name: {} for name in sources}
+    for micro_batch, _ in plan.run():
+        batch = build_batch(micro_batch, sources, SHAPE, vocab)
+        for row, pieces in enumerate(micro_batch.rows):
+            at = 0
+            for piece in pieces:
+                for offset in range(piece.tokens):
+                    value = int(batch.target_RL[row, at + offset])
+                    if value != IGNORE:
+                        key = (piece.doc, piece.start + offset + 1)
+                        assert key not in targets[piece.source]
+                        targets[piece.source][key] = value
+                at += piece.tokens
+            assert (batch.document_RL[row, at:] == -1).all() and (batch.target_RL[row, at:] == IGNORE).all()
+            assert (batch.tokens_RL[row, at:] == vocab.pad).all()
+        assert batch.n_targets == int((batch.target_RL != IGNORE).sum())
+    for name, source in sources.items():
+        for doc in range(source.n_documents):
+            ids = source.read(doc, 0, int(source.document_tokens[doc]))
+            assert ids[0] == vocab.bos and ids[-1] == vocab.eos
+            assert [targets[name][(doc, t)] for t in range(1, len(ids))] == ids[1:].tolist()
+            assert (doc, 0) not in targets[name]
+
+
+def test_masked_tokens_are_inputs_but_no_targets(made):
+    sources, vocab = made
+
+    class Masked:
+        def __init__(self, source):
+            self.read = source.read
+            self.read_mask = lambda doc, a, b: (np.arange(a, b) % 2).astype(np.uint8)
+
+    micro_batch, _ = next(Plan(sources, SHAPE, seed=0).run())
+    batch = build_batch(micro_batch, {n: Masked(s) for n, s in sources.items()}, SHAPE, vocab)
+    plain = build_batch(micro_batch, sources, SHAPE, vocab)
+    assert torch.equal(batch.tokens_RL, plain.tokens_RL)
+    for row, pieces in enumerate(micro_batch.rows):
+        at = 0
+        for piece in pieces:
+            place = torch.arange(piece.start + 1, piece.stop + 1)
+            got, want = (
+                batch.target_RL[row, at : at + piece.tokens],
+                plain.target_RL[row, at : at + piece.tokens],
+            )
+            assert torch.equal(got, torch.where(place % 2 == 1, want, IGNORE))
+            at += piece.tokens
+
+
+def test_padded_form_at_the_end_of_a_finite_stream(made):
+    sources, vocab = made
+    last = [m for m, _ in Plan(sources, SHAPE, seed=0, passes=1).run()][-1]
+    batch = build_batch(last, sources, SHAPE, vocab)
+    assert not batch.exact and batch.groups.valid is not None
+    present = (batch.document_RL >= 0).flatten()
+    counts = [int(v.sum()) for v in batch.groups.valid]
+    assert sum(counts) == int(present.sum()) < present.numel()
+    merged = batch.groups.merged()
+    assert torch.equal(merged.valid[0], present)
+    assert all((slot[~present] == -1).all() for slot in batch.groups.slot)
+
+
+def test_loader_gives_the_plan_in_order_and_ranks_share_it(made):
+    sources, vocab = made
+    plan = Plan(sources, SHAPE, seed=0)
+    straight = [m for (m, _), _ in zip(plan.run(), range(8), strict=False)]
+    tokens = [build_batch(m, sources, SHAPE, vocab).tokens_RL for m in straight]
+    for world in (1, 2):
+        for rank in range(world):
+            loader = Loader(plan, sources, vocab, rank=rank, world=world)
+            got = [b for (b, _), _ in zip(loader, range(8 // world), strict=False)]
+            loader.close()
+            assert [b.number for b in got] == list(range(8))[rank::world]
+            assert all(torch.equal(b.tokens_RL, tokens[b.number]) for b in got)
+
+
+def test_loader_resumes_from_a_state_and_ends_with_a_finite_plan(made):
+    sources, vocab = made
+    loader = Loader(Plan(sources, SHAPE, seed=0), sources, vocab)
+    stream = iter(loader)
+    for _ in range(5):
+        _, state = next(stream)
+    sixth, _ = next(stream)
+    loader.close()
+    again = Loader(Plan(sources, SHAPE, seed=0), sources, vocab, state=state)
+    assert torch.equal(next(iter(again))[0].tokens_RL, sixth.tokens_RL)
+    again.close()
+    finite = Plan(sources, SHAPE, seed=0, passes=1)
+    assert len(list(Loader(finite, sources, vocab))) == len(list(finite.run()))
+
+
+def test_an_error_in_the_thread_reaches_the_reader(made):
+    sources, vocab = made
+
+    class Broken:
+        def read(self, doc, start, stop):
+            raise ValueError("got a broken shard")
+
+    loader = Loader(Plan(sources, SHAPE, seed=0), dict.fromkeys(sources, Broken()), vocab)
+    with pytest.raises(ValueError, match="got a broken shard"):
+        next(iter(loader))
+    loader.close()

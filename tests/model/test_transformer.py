@@ -1,0 +1,228 @@
+"""The whole decoder: causality by routing mode, one graph per block, caches, errors."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from moma.model.loss import linear_cross_entropy
+from moma.model.transformer import ModelConfig
+
+
+def hidden(model, batch, mode="train"):
+    return model(batch.tokens_RL, batch.position_RL, batch.mask, batch.groups, mode)
+
+
+def step(model, batch, mode="train"):
+    """Loss, hidden states and gradients of one forward and backward pass."""
+    model.zero_grad()
+    h_RLD, stats = hidden(model, batch, mode)
+    target_T = batch.target_RL.flatten()
+    out = linear_cross_entropy(h_RLD.flatten(0, 1), model.head.weight, target_T, denominator=10.0)
+    out.objective.backward()
+    return out.objective.detach(), h_RLD.detach(), {n: p.grad for n, p in model.named_parameters()}, stats
+
+
+def with_another_future(batch, vocab, row, position, rebuild):
+    """The same batch with one token replaced by another of its modality."""
+    tokens_RL = batch.tokens_RL.clone()
+    old = int(tokens_RL[row, position])
+    start, stop = vocab.text_start, vocab.text_stop
+    for low, high in vocab.ranges:
+        if low <= old < high:
+            start, stop = low, high
+    tokens_RL[row, position] = start + (old - start + 1) % (stop - start)
+    return rebuild(tokens_RL, batch.document_RL, vocab)
+
+
+def change_before(model, batch, other, row, position, mode):
+    """Largest change among the outputs of earlier tokens of the row (and of all other rows)."""
+    with torch.no_grad():
+        change_RL = (hidden(model, batch, mode)[0] - hidden(model, other, mode)[0]).abs().amax(-1)
+    assert change_RL[row, position] > 1e-3, "the planted token must matter"
+    change_RL[row, position:] = 0
+    return change_RL.max().item()
+
+
+@pytest.mark.parametrize("norm_order", ["swin", "pre"])
+def test_later_tokens_change_earlier_outputs_under_expert_choice_alone(
+    variant, norm_order, make_batch, make_model, rebuild
+):
+    vocab = variant.vocabulary
+    batch = make_batch(vocab, seed=7)
+    model = make_model(variant, aux_routers=True, norm_order=norm_order)
+    leaks = {"train": 0.0, "aux": 0.0}
+    for row in range(len(batch.tokens_RL)):
+        for position in range(4, batch.tokens_RL.shape[1], 3):
+            other = with_another_future(batch, vocab, row, position, rebuild)
+            for mode in leaks:
+                change = change_before(model, batch, other, row, position, mode)
+                leaks[mode] = max(leaks[mode], change)
+    assert leaks["aux"] < 1e-10
+    if max(variant.group_sizes) > 1:
+        assert leaks["train"] > 1e-3, "expert choice sees the future: the test must be able to tell"
+    else:
+        assert leaks["train"] < 1e-10
+
+
+def test_documents_are_independent_in_causal_modes(variant, make_batch, make_model, rebuild):
+    vocab = variant.vocabulary
+    batch = make_batch(vocab, seed=8)
+    model = make_model(variant, aux_routers=True)
+    with torch.no_grad():
+        packed, _ = hidden(model, batch, "aux")
+        for row in range(len(batch.tokens_RL)):
+            for document in (0, 1):
+                here = batch.document_RL[row] == document
+                alone = rebuild(batch.tokens_RL[row, here][None], torch.zeros(1, int(here.sum())).long(), vocab)
+                torch.testing.assert_close(hidden(model, alone, "aux")[0][0], packed[row, here], rtol=0, atol=1e-10)
+
+
+class FakeCache:
+    def __init__(self):
+        self.k = self.v = None
+
+    def update(self, k, v):
+        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
+        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
+        return self.k, self.v
+
+
+def test_token_by_token_with_caches_equals_the_full_forward(variant, make_batch, make_model, rebuild):
+    vocab = variant.vocabulary
+    batch = make_batch(vocab, seed=9, rows=2)
+    model = make_model(variant, aux_routers=True, n_kv_heads=1)
+    caches = [FakeCache() for _ in model.blocks]
+    parts = []
+    with torch.no_grad():
+        full, _ = hidden(model, batch, "aux")
+        for i in range(batch.tokens_RL.shape[1]):
+            here = slice(i, i + 1)
+            groups = rebuild(batch.tokens_RL[:, here], batch.document_RL[:, here] * 0, vocab).groups
+            mask = batch.mask[:, :, here, : i + 1]
+            x = batch.tokens_RL[:, here], batch.position_RL[:, here], mask, groups, "aux", caches
+            parts.append(model(*x)[0])
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
+
+
+def test_statistics_come_from_every_layer_with_a_router(variant, make_batch, make_model):
+    _, stats = hidden(make_model(variant), make_batch(variant.vocabulary, seed=1))
+    routed = sum(size for size in variant.group_sizes if size > 1)
+    assert len(stats) == (2 if routed else 0)
+    assert all(s.selected_TE.shape == (75, routed) and s.aux_logit_TE is None for s in stats)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
+@pytest.mark.parametrize("norm_order", ["swin", "pre"])
+def test_one_graph_serves_every_block_and_batch(variant, padded, norm_order, make_batch, make_model, rebuild):
+    """Forward and backward in one graph each, for both layers and for batches of differing content."""
+    if padded and norm_order == "pre":
+        pytest.skip("the padded form does not depend on the norm order")
+    torch._dynamo.reset()
+    vocab = variant.vocabulary
+    eager, compiled = make_model(variant, norm_order=norm_order), make_model(variant, norm_order=norm_order)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in compiled.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            batch = make_batch(vocab, seed)
+            if padded:  # rows end in a differing amount of padding
+                document_RL = batch.document_RL.clone()
+                document_RL[-1, 21 - seed :] = -1
+                batch = rebuild(batch.tokens_RL, document_RL, vocab)
+            loss, h_RLD, grads, stats = step(eager, batch)
+            loss_c, h_c_RLD, grads_c, stats_c = step(compiled, batch)
+            torch.testing.assert_close(loss_c, loss, rtol=1e-12, atol=0)
+            torch.testing.assert_close(h_c_RLD, h_RLD, rtol=1e-11, atol=1e-12)
+            for name in grads:
+                torch.testing.assert_close(
+                    grads_c[name.replace("_orig_mod.", "")], grads[name], rtol=1e-9, atol=1e-12
+                )
+            for a, b in zip(stats, stats_c, strict=True):
+                assert torch.equal(a.selected_TE, b.selected_TE)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="Inductor needs a C++ compiler"
+)
+@pytest.mark.parametrize("name", ["dense", "moe_4t4i"])
+def test_inductor_equals_eager(name, variants, make_batch, make_model):
+    torch._dynamo.reset()
+    variant = variants[name]
+    eager = make_model(variant, dtype=torch.float32, n_layers=1)
+    compiled = make_model(variant, dtype=torch.float32, n_layers=1)
+    compiled.blocks[0].compile(fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            batch = make_batch(variant.vocabulary, seed)
+            loss, h_RLD, grads, _ = step(eager, batch)
+            loss_c, h_c_RLD, grads_c, _ = step(compiled, batch)
+            torch.testing.assert_close(loss_c, loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(h_c_RLD, h_RLD, rtol=1e-4, atol=1e-5)
+            for name, grad in grads.items():
+                torch.testing.assert_close(grads_c[name], grad, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_same_bits_every_time(variant, make_batch, make_model):
+    batch = make_batch(variant.vocabulary, seed=2)
+    runs = [step(make_model(variant, dtype=torch.float32), batch) for _ in range(2)]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert all(torch.equal(runs[0][2][n], runs[1][2][n]) for n in runs[0][2])
+
+
+def test_every_parameter_but_auxiliary_ones_gets_a_gradient(variant, make_batch, make_model):
+    _, _, grads, _ = step(make_model(variant, aux_routers=True), make_batch(variant.vocabulary, seed=2))
+    for name, grad in grads.items():
+        if ".aux." in name:
+            assert grad is None
+        else:
+            assert grad is not None and grad.isfinite().all() and grad.any(), name
+
+
+def test_float64_stays_float64(variant, make_batch, make_model):
+    """No step through fp32 on the way: a perturbation of 1e-12 of the embedding is still visible."""
+    batch = make_batch(variant.vocabulary, seed=2)
+    model = make_model(variant, aux_routers=True)
+    h_RLD, stats = hidden(model, batch, "aux")
+    assert h_RLD.dtype == torch.float64
+    assert all(s.score_TE.dtype == s.aux_logit_TE.dtype == torch.float64 for s in stats)
+    direction = torch.randn(model.embedding.weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        model.embedding.weight += 1e-12 * direction
+        change_RLD = (hidden(model, batch, "aux")[0] - h_RLD).abs()
+    assert 0 < change_RLD.max() < 1e-9
+    assert (change_RLD > 0).double().mean() > 0.9
+
+
+def test_bf16_autocast_trains_without_nan(variant, make_batch, make_model):
+    batch = make_batch(variant.vocabulary, seed=2)
+    model = make_model(variant, dtype=torch.float32)
+    loss, _, _, _ = step(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, h_RLD, grads, stats = step(model, batch)
+    assert h_RLD.dtype == torch.float32
+    assert abs(low - loss) < 0.02 * loss
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads.values() if g is not None)
+    assert all(s.score_TE.dtype == torch.float32 for s in stats)
+
+
+@pytest.mark.parametrize("dim, n_heads", [(20, 3), (12, 4)])
+def test_heads_must_divide_the_width_evenly(dim, n_heads):
+    with pytest.raises(ValueError, match=f"got dim={dim} and n_heads={n_heads}, need an even dim / n_heads"):
+        ModelConfig(dim=dim, n_layers=1, n_heads=n_heads)
+
+
+def test_key_heads_must_divide_heads():
+    with pytest.raises(ValueError, match="got n_heads=4 and n_kv_heads=3, need a multiple: change one of the two"):
+        ModelConfig(dim=16, n_layers=1, n_heads=4, n_kv_heads=3)
+
+
+@pytest.mark.parametrize("dim, width", [(512, 1376), (1024, 2752), (2048, 5472), (2304, 6144)])
+def test_swiglu_width(dim, width):
+    assert ModelConfig(dim=dim, n_layers=1, n_heads=8).ffn_dim == width
+    assert ModelConfig(dim=dim, n_layers=1, n_heads=8, hidden_dim=100).ffn_dim == 100

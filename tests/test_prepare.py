@@ -1,0 +1,312 @@
+"""`moma prepare`: the same shards however it runs, continues after a stop, and its errors."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import moma.data.sources
+import moma.prepare
+from moma.config import compose
+from moma.data.shards import open_corpus, open_source, verify_corpus
+from moma.data.sources import RawDocument, Source
+from moma.prepare import PrepareConfig, load_encoders, prepare
+from moma.tokenizer.documents import Picture, Text, decode_document
+from moma.tokenizer.text import RANKS_FILE, TextTokenizer, write_ranks
+from moma.tokenizer.vocab import IMAGE_FILES, load_vocabulary, write_vocabulary
+
+
+class StubTokenizer:
+    """Stands for the image tokenizer: four codes from a picture's red value."""
+
+    grid, n_codes = (2, 2), 16
+    encoded = 0
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> "StubTokenizer":
+        return cls()
+
+    def encode(self, images: list[Image.Image]) -> np.ndarray:
+        StubTokenizer.encoded += len(images)
+        return np.array([np.arange(4) + image.convert("RGB").getpixel((0, 0))[0] % 12 for image in images])
+
+
+@dataclass(frozen=True)
+class MadeUpConfig:
+    n: int = 40
+    broken: int = -1
+    empty: int = -1
+    killed: int = -1
+    pictures: bool = True
+    title: str = "Made up"
+
+
+def _png(red: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2), (red, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _truncated() -> bytes:
+    return _png(0)[:30]
+
+
+# A test sets this to the document before which listing fails, as a pulled plug would.
+STOP_AT = [-1]
+
+
+def made_up(config: MadeUpConfig) -> Iterator[RawDocument]:
+    for i in range(config.n):
+        if i == STOP_AT[0]:
+            raise KeyboardInterrupt
+        content: Callable[[], bytes] = _truncated if i == config.broken else partial(_png, i)
+        if i == config.killed:
+            content = partial(os._exit, 1)  # type: ignore[assignment]
+        picture = Picture(content, place=f"made/{i}.png")
+        pair = (Text("" if i == config.empty else f"picture {i}"),)
+        yield RawDocument(f"made/{i}", f"k{i}", ((picture, *pair) if config.pictures else pair,))
+
+
+MADE_UP = Source(
+    MadeUpConfig,
+    made_up,
+    lambda c: [{"title": c.title, "author": "us", "licence": "CC0", "url": "u", "version": "v1"}],
+    "pair",
+)
+
+
+@pytest.fixture
+def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "asset"
+    folder.mkdir()
+    write_ranks(folder / RANKS_FILE, {bytes([i]): i for i in range(256)})
+    for name in IMAGE_FILES:
+        (folder / name).write_text("stub")
+    write_vocabulary(folder, text_size=256, image_codes=16, image_grid=(2, 2))
+    monkeypatch.setattr(moma.prepare, "ImageTokenizer", StubTokenizer)
+    monkeypatch.setitem(moma.data.sources.SOURCES, "made_up", MADE_UP)
+    monkeypatch.setattr(StubTokenizer, "encoded", 0)
+    STOP_AT[0] = -1
+    return folder
+
+
+def _config(
+    asset: Path, name: str = "c", workers: int = 1, source: Any = None, **options: Any
+) -> PrepareConfig:
+    return PrepareConfig(
+        name=name,
+        corpora=str(asset.parent / "corpora"),
+        tokenizer=str(asset),
+        sources={"made": source or MadeUpConfig()},
+        val_fraction=0.2,
+        shard_tokens=100,
+        workers=workers,
+        **options,
+    )
+
+
+def _files(corpus: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(corpus)): path.read_bytes()
+        for path in sorted(corpus.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _no_pictures(asset: Path) -> None:
+    for name in IMAGE_FILES:
+        (asset / name).unlink()
+
+
+def test_prepare(asset: Path) -> None:
+    config = _config(asset)
+    manifest = prepare(config)
+    corpus = Path(config.corpora) / "c"
+    train, val = (manifest["splits"][split]["made"] for split in ("train", "val"))
+    assert train["documents"] + val["documents"] == train["images"] + val["images"] == 40
+    assert val["documents"] >= 1 and len(train["shards"]) > 2 and train["kind"] == "pair"
+    assert manifest["skipped"] == {} and manifest["token_dtype"] == "uint16"
+    assert "Made up, by us" in (corpus / "ATTRIBUTION").read_text()
+    assert not (corpus / ".progress").exists() and verify_corpus(corpus) == len(train["shards"]) + len(
+        val["shards"]
+    )
+    vocab = load_vocabulary(asset)
+    text = TextTokenizer.load(asset, vocab)
+    seen = []
+    for split in ("train", "val"):
+        source = open_corpus(corpus, split, vocab.hash)["made"]
+        for i in range(source.n_documents):
+            picture, name = decode_document(source.read(i, 0, source.document_tokens[i]), text, vocab)
+            number = int(name.text.removeprefix("picture "))
+            assert picture.content.tolist() == (np.arange(4) + number % 12).tolist()
+            offsets, images = source.segments(i)
+            assert offsets.tolist() == [0, source.document_tokens[i]] and images.tolist() == [1]
+            seen.append(number)
+    assert sorted(seen) == list(range(40))
+
+
+def test_same_config_same_bytes(asset: Path) -> None:
+    for name in ("a", "b"):
+        prepare(_config(asset, name))
+    a, b = (_files(asset.parent / "corpora" / name) for name in ("a", "b"))
+    assert a.keys() == b.keys()
+    assert all(a[file] == b[file] for file in a if file != "manifest.json")
+    assert a["manifest.json"].replace(b'"name": "a"', b'"name": "b"') == b["manifest.json"]
+
+
+def test_number_of_workers_changes_nothing(asset: Path) -> None:
+    _no_pictures(asset)
+    for name, workers in (("a", 1), ("b", 2)):
+        prepare(_config(asset, name, workers, MadeUpConfig(pictures=False)))
+    a, b = (_files(asset.parent / "corpora" / name) for name in ("a", "b"))
+    assert len(a) > 4 and {k: v for k, v in a.items() if "bin" in k} == {
+        k: v for k, v in b.items() if "bin" in k
+    }
+
+
+def test_continues_after_a_stop(asset: Path) -> None:
+    whole = prepare(_config(asset, "whole"))
+    encoded = StubTokenizer.encoded
+    config = _config(asset, "stopped")
+    corpus = Path(config.corpora) / "stopped"
+    STOP_AT[0] = 25
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    assert not (corpus / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in corpus.rglob("*.bin")}
+    assert kept
+    before = StubTokenizer.encoded - encoded
+    STOP_AT[0] = -1
+    manifest = prepare(config)
+    assert StubTokenizer.encoded - encoded == 40 and before > 0  # each picture once, over both runs
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert manifest | {"name": ""} == whole | {"name": ""}
+    assert verify_corpus(corpus)
+
+
+def test_finished_corpus_is_reopened(asset: Path) -> None:
+    manifest = prepare(_config(asset))
+    encoded = StubTokenizer.encoded
+    assert prepare(_config(asset)) == manifest and StubTokenizer.encoded == encoded
+
+
+def test_other_config_is_refused(asset: Path) -> None:
+    prepare(_config(asset))
+    with pytest.raises(
+        ValueError, match=r"another config.*shard_tokens of made was 100, now 50\).*overwrite=true"
+    ):
+        prepare(replace(_config(asset), shard_tokens=50))
+    with pytest.raises(ValueError, match=r"\(options of made was .*'n': 40.* now .*'n': 7"):
+        prepare(_config(asset, source=MadeUpConfig(n=7)))
+    with pytest.raises(ValueError, match=r"\(sources \['made'\], now \['other'\]\)"):
+        prepare(replace(_config(asset), sources={"other": MadeUpConfig()}))
+    (asset / IMAGE_FILES[1]).write_text("another")
+    with pytest.raises(ValueError, match=r"\(vocab_hash of made was"):
+        prepare(_config(asset))
+    assert prepare(_config(asset, overwrite=True))["vocab_hash"] == load_vocabulary(asset).hash
+
+
+def test_overwrite_spares_other_folders(asset: Path) -> None:
+    config = _config(asset, overwrite=True)
+    folder = Path(config.corpora) / "c"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="with files that are no corpus, need a corpus or an empty folder"):
+        prepare(config)
+    assert (folder / "thesis.tex").exists()
+
+
+def test_broken_picture_is_skipped_with_its_place(asset: Path) -> None:
+    manifest = prepare(_config(asset, source=MadeUpConfig(broken=7)))
+    assert manifest["skipped"] == {"broken_picture": 1}
+    (place,) = manifest["skipped_places"]
+    assert place.startswith("made/7: ") and "made/7.png" in place
+    assert sum(split["made"]["documents"] for split in manifest["splits"].values()) == 39
+
+
+def test_broken_picture_stops(asset: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"got a broken picture in document made/7 .*made/7\.png.* on_error=skip"
+    ):
+        prepare(_config(asset, source=MadeUpConfig(broken=7), on_error="stop"))
+
+
+def test_empty_document_is_skipped(asset: Path) -> None:
+    _no_pictures(asset)
+    manifest = prepare(_config(asset, source=MadeUpConfig(empty=3, pictures=False)))
+    assert manifest["skipped"] == {"empty": 1}
+    assert manifest["skipped_places"] == ["made/3: no text and no picture"]
+
+
+def test_pictures_need_an_image_tokenizer(asset: Path) -> None:
+    _no_pictures(asset)
+    with pytest.raises(
+        ValueError, match=r"got pictures in source 'made' but no image tokenizer, need vqgan\.json"
+    ):
+        prepare(_config(asset))
+
+
+def test_halves_of_another_size(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StubTokenizer, "n_codes", 8)
+    with pytest.raises(
+        ValueError, match=r"got an image tokenizer of 8 codes on a grid of \(2, 2\), need 16 on"
+    ):
+        load_encoders(asset, load_vocabulary(asset), "cpu")
+
+
+def test_killed_worker(asset: Path) -> None:
+    _no_pictures(asset)
+    with pytest.raises(
+        ValueError, match=r"got a worker process that was killed .*start the same command again"
+    ):
+        prepare(_config(asset, workers=2, source=MadeUpConfig(killed=0)))
+
+
+def test_bad_configs(asset: Path) -> None:
+    config = _config(asset)
+    for changes, message in (
+        ({"sources": {}}, "got no sources, need at least one: name them"),
+        ({"sources": {"a/b": MadeUpConfig()}}, "got source name 'a/b', need a plain folder name"),
+        ({"val_fraction": 1.0}, "got val_fraction=1.0, need 0 to below 1"),
+        ({"workers": -1}, "got shard_tokens=100 and workers=-1, need at least 1 and 0"),
+        ({"tokenizer": "smal"}, "did you mean 'small'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(replace(config, **changes))
+
+
+def test_yaml_is_the_dataclass() -> None:
+    config = compose("prepare", []).config
+    assert list(config.sources) == ["twemoji", "openmoji", "web", "asv"]
+    assert replace(config, sources={}) == PrepareConfig()
+    with pytest.raises(ValueError, match="need one of emoji, scripture, interleaved: did you mean emoji"):
+        compose("prepare", ["sources.twemoji.kind=emojy"])
+
+
+def test_no_shard_of_a_whole_skipped_chunk(asset: Path) -> None:
+    manifest = prepare(_config(asset, source=MadeUpConfig(n=1, broken=0)))
+    assert manifest["splits"] == {"train": {}, "val": {}}
+    with pytest.raises(ValueError, match="got source 'made', need a source of"):
+        open_source(asset.parent / "corpora" / "c", "train", "made")
+
+
+def test_record_of_a_lost_shard_is_not_trusted(asset: Path) -> None:
+    config = _config(asset)
+    STOP_AT[0] = 25
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    progress = Path(config.corpora) / "c" / ".progress"
+    (record, *_) = sorted(progress.glob("train-*.json"))
+    stored = json.loads(record.read_text())
+    (progress.parent / "train" / "made" / stored["shard"]["file"]).unlink()
+    STOP_AT[0] = -1
+    prepare(config)
+    assert verify_corpus(progress.parent)

@@ -1,0 +1,154 @@
+"""The loop: exact resume, identity, second stage, refusals. Real processes of the loop on a made-up corpus."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+
+from moma import checkpoint
+from moma.config import compose
+from moma.data.synthetic import write_synthetic
+from moma.train import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer, corpus, vocab = write_synthetic(folder, pairs=60, texts=60)
+    return tokenizer, corpus, vocab
+
+
+def command(made, run_dir, *overrides):
+    tokenizer, corpus, _ = made
+    return compose(
+        "train",
+        [
+            f"tokenizer={tokenizer}", f"data.corpus={corpus}", f"run_dir={run_dir}",
+            "data.rows=2", "data.row_length=64", "data.images=3",
+            "model.dim=32", "model.n_layers=2", "model.n_heads=2", "optim.lr=1e-2", "log.interval=2",
+            "eval.interval=null", "duration={tokens:1024}", "precision=fp32", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def parameters(run_dir):
+    return checkpoint.read_tensors(checkpoint.latest(run_dir / "checkpoints"), "model")
+
+
+def lines(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("tokens_per_second", "data_wait_s")
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+
+@pytest.mark.parametrize("feed_forward", ["dense", "moe_4t4i"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_identical_to_an_uninterrupted_run(made, tmp_path, feed_forward, precision):
+    overrides = [f"feed_forward={feed_forward}", f"precision={precision}", "checkpoint.interval={steps:3}"]
+    assert main(command(made, tmp_path / "whole", *overrides)) == 0
+    assert main(command(made, tmp_path / "cut", *overrides)) == 0
+    # throw away everything after step 3, as a kill would have
+    for folder in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    kept = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    assert [p.name for p in kept] == ["step-00000006"]
+    before = lines(tmp_path / "cut")
+    assert main(command(made, tmp_path / "cut", *overrides)) == 0
+    assert lines(tmp_path / "cut") == before == lines(tmp_path / "whole")
+    a, b = parameters(tmp_path / "whole"), parameters(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_command_again_changes_nothing(made, tmp_path):
+    assert main(command(made, tmp_path / "run")) == 0
+    before = parameters(tmp_path / "run"), lines(tmp_path / "run")
+    assert main(command(made, tmp_path / "run")) == 0
+    assert lines(tmp_path / "run") == before[1]
+    assert all(torch.equal(before[0][n], t) for n, t in parameters(tmp_path / "run").items())
+
+
+def test_accumulation_is_one_denominator(made, tmp_path):
+    """Two micro-batches a step give the gradient of the mean over all their targets."""
+    main(command(made, tmp_path / "run", "data.accumulation=2", "feed_forward=dense"))
+    rows = lines(tmp_path / "run")
+    assert rows[-1]["step"] == 4 and rows[-1]["tokens"] == 1024
+
+
+def test_a_signal_finishes_the_step_and_saves(made, tmp_path, capsys):
+    long = "duration={tokens:1280000}"
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert main(command(made, tmp_path / "run", long)) == 0
+    assert "run the same command to go on" in capsys.readouterr().out
+    meta = checkpoint.read_meta(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    assert 0 < meta["step"] < 10_000 and meta["data"]["number"] == meta["step"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_differences(made, tmp_path):
+    main(command(made, tmp_path / "run"))
+    with pytest.raises(
+        ValueError, match=r"got a configuration that is not the one of .*optim.lr: 0.01 -> 0.02"
+    ):
+        main(command(made, tmp_path / "run", "optim.lr=2e-2"))
+    with pytest.raises(ValueError, match=r"feed_forward.kind: sparse -> dense"):
+        main(command(made, tmp_path / "run", "feed_forward=dense"))
+    main(command(made, tmp_path / "run", "log.interval=1"))  # a free field
+
+
+def test_aux_routers_train_on_frozen_parameters(made, tmp_path):
+    main(command(made, tmp_path / "base"))
+    second = ["objective=aux_routers", f"init_from={tmp_path / 'base'}", "duration={tokens:20480}"]
+    main(command(made, tmp_path / "aux", *second))
+    base, both = parameters(tmp_path / "base"), parameters(tmp_path / "aux")
+    assert all(torch.equal(base[name], both[name]) for name in base)
+    assert {name for name in both if name not in base} == {n for n in both if ".aux." in n} != set()
+    rows = lines(tmp_path / "aux")
+    assert rows[-1]["aux_loss"] < rows[0]["aux_loss"]
+
+
+@pytest.mark.parametrize("feed_forward", ["dense", "moe_1t1i"])
+def test_models_without_routers_have_no_second_stage(made, tmp_path, feed_forward):
+    main(command(made, tmp_path / "base", f"feed_forward={feed_forward}"))
+    with pytest.raises(
+        ValueError, match="got a model without learned routers, need one for objective=aux_routers"
+    ):
+        main(
+            command(made, tmp_path / "aux", f"feed_forward={feed_forward}", "objective=aux_routers",
+                    f"init_from={tmp_path / 'base'}")
+        )  # fmt: skip
+    assert not (tmp_path / "aux").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["data.images=64"], r"got images=64 per micro-batch, need at most \d+"),
+        (["init_from=/nowhere"], r"got init_from=/nowhere without a checkpoint, need a trained run"),
+        (["parallel.device=cuda"], r"got device=cuda, need a GPU"),
+        (["data.corpus=/nowhere"], r"got no manifest.json in /nowhere, need a prepared corpus"),
+        (["+data.mixture.pears=1"], r"got mixture weights for \['pears'\]"),
+        (["tokenizer=smal"], r"got tokenizer 'smal', need a folder with a vocab.json"),
+    ],
+)
+def test_bad_requests_leave_nothing_behind(made, tmp_path, overrides, text):
+    if torch.cuda.is_available() and "parallel.device=cuda" in overrides:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=text):
+        main(command(made, tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_models_parameters_are_refused(made, tmp_path):
+    main(command(made, tmp_path / "base", "feed_forward=dense"))
+    with pytest.raises(ValueError, match=r"whose parameters differ from this model's .* need the same model"):
+        main(command(made, tmp_path / "aux", "objective=aux_routers", f"init_from={tmp_path / 'base'}"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(made, tmp_path):
+    with pytest.raises(ValueError, match=r"not finite at or before step \d+ .* lower optim.lr"):
+        main(command(made, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=1e30", "feed_forward=dense"))

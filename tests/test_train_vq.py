@@ -1,0 +1,247 @@
+import dataclasses
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from moma.config import compose
+from moma.data.sources.emoji import EmojiConfig
+from moma.tokenizer.image import ImageTokenizer
+from moma.train_vq import TrainVqConfig, _augment, _collect, _Order, read_pictures, train_vq
+from moma.vqgan.model import VqConfig
+
+TINY = VqConfig(
+    resolution=16,
+    ch=8,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    z_channels=8,
+    embed_dim=4,
+    n_embed=16,
+    ema=True,
+    norm_groups=2,
+)
+
+
+def png(seed):
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (24, 24), tuple(random.integers(0, 256, 3).tolist()))
+    ImageDraw.Draw(image).ellipse((4, 4, 18, 18), fill=tuple(random.integers(0, 256, 3).tolist()))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "train").mkdir()
+    for i in range(10):
+        (folder / "train" / f"{i}.png").write_bytes(png(i))
+    write_tar(folder / "val.tar", {f"{i}.png": png(100 + i) for i in range(4)})
+    return folder
+
+
+@pytest.fixture
+def config(pictures, tmp_path):
+    return TrainVqConfig(
+        out=tmp_path / "run",
+        cache=pictures / "cache",
+        twemoji=0,
+        openmoji=0,
+        train_paths=(pictures / "train",),
+        val_paths=(pictures / "val.tar",),
+        model=TINY,
+        steps=6,
+        batch_size=4,
+        perceptual_weight=0.0,
+        discriminator_weight=0.3,
+        discriminator_start=1,
+        quantize_start=1,
+        shift=1,
+        warmup_steps=1,
+        threads=torch.get_num_threads(),
+        log_every=1,
+        eval_every=3,
+        checkpoint_every=2,
+    )
+
+
+def metrics(config):
+    return [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_has_the_same_bits(config, tmp_path, monkeypatch):
+    result = train_vq(config)
+    stopped = dataclasses.replace(config, out=tmp_path / "stopped")
+    from moma import train_vq as module
+
+    def kill(config, pixels, step, real=module._augment):
+        if step == 5:  # after the checkpoint of step 4, with step 5 in the metrics already
+            raise Killed
+        return real(config, pixels, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_augment", lambda pixels, config, step: kill(pixels, config, step))
+        with pytest.raises(Killed):
+            train_vq(stopped)
+    assert metrics(stopped)[-1]["step"] == 5
+    assert train_vq(stopped) == result
+    assert metrics(stopped) == metrics(config)
+    for name in ("vqgan.json", "vqgan.safetensors"):
+        assert (config.out / "export" / name).read_bytes() == (stopped.out / "export" / name).read_bytes()
+
+
+def test_results_and_files(config):
+    result = train_vq(config)
+    assert result.keys() == {"parameters", "psnr.val", "usage.val", "perplexity.val"}
+    assert 0 < result["psnr.val"] < 60 and 0 < result["usage.val"] <= 1 <= result["perplexity.val"] <= 16
+    assert json.loads((config.out / "result.json").read_text()) == result
+    steps = [row["step"] for row in metrics(config) if "l1" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    rows = {row["step"]: row for row in metrics(config) if "l1" in row}
+    assert rows[1]["discriminator"] == 0 and rows[2]["discriminator"] > 0  # discriminator_start
+    assert [row["step"] for row in metrics(config) if "psnr.val" in row] == [3, 6]
+    with Image.open(config.out / "grid.png") as grid:
+        assert grid.size == (2 * 8 * 16, 4 * 16)
+    weights = load_file(config.out / "export" / "vqgan.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float16}
+    assert ImageTokenizer.load(config.out / "export").grid == (8, 8)
+    assert not any((config.out / "export").rglob("*.tmp"))
+
+
+def test_training_lowers_the_loss(config):
+    train_vq(dataclasses.replace(config, steps=60, discriminator_weight=0.0, lr=3e-3, checkpoint_every=60))
+    losses = [row["l1"] for row in metrics(config) if "l1" in row]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_gradient_trained_code_book(config):
+    train_vq(dataclasses.replace(config, steps=2, model=dataclasses.replace(TINY, ema=False)))
+    assert all(np.isfinite(row["l1"]) for row in metrics(config) if "l1" in row)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(config):
+    train_vq(dataclasses.replace(config, steps=2))
+    with pytest.raises(
+        ValueError, match=r"of a run with other settings \(lr, steps\), need the same settings to res"
+    ):
+        train_vq(dataclasses.replace(config, steps=4, lr=0.5))
+
+
+def test_a_finished_run_is_only_exported_again(config):
+    result = train_vq(dataclasses.replace(config, steps=2))
+    before = metrics(config)
+    assert train_vq(dataclasses.replace(config, steps=2)) == result
+    assert metrics(config) == before
+
+
+def test_every_picture_once_an_epoch_whatever_the_batch_size():
+    index = np.arange(10)
+    order = _Order(index, seed=3)
+    seen = np.concatenate([order.batch(step, 4) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+    assert np.array_equal(_Order(index, seed=3).batch(4, 4), seen[16:])  # no history needed
+    assert not np.array_equal(_Order(index, seed=4).batch(0, 4), seen[:4])
+
+
+def test_augmentation_is_a_function_of_the_step(config):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(_augment(pixels, config, 3), _augment(pixels, config, 3))
+    assert not np.array_equal(_augment(pixels, config, 3), _augment(pixels, config, 4))
+    plain = dataclasses.replace(config, flip=False, shift=0)
+    assert np.array_equal(_augment(pixels, plain, 3), pixels)
+    mirrored = _augment(pixels, dataclasses.replace(config, shift=0), 3)
+    same = [np.array_equal(a, b) for a, b in zip(mirrored, pixels, strict=True)]
+    turned = [np.array_equal(a[:, ::-1], b) for a, b in zip(mirrored, pixels, strict=True)]
+    assert all(a or b for a, b in zip(same, turned, strict=True)) and any(same) and any(turned)
+
+
+def test_tar_members_outside_the_folder_are_only_read(tmp_path):
+    write_tar(tmp_path / "x.tar", {"../../evil.png": png(0), "a.txt": b"no picture", "b.PNG": png(1)})
+    assert [name for name, _ in read_pictures(tmp_path / "x.tar")] == ["../../evil.png", "b.PNG"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_unreadable_pictures_are_reported(config, tmp_path, capsys):
+    write_tar(tmp_path / "val.tar", {"good.png": png(0), "bad.png": png(1)[:60]})
+    val = dataclasses.replace(config, val_paths=(tmp_path / "val.tar",), cache=tmp_path / "cache")
+    _, held_out = _collect(val)
+    assert held_out["val"].shape == (1, 16, 16, 3)
+    assert "val-val: 1 pictures left out, first: got bad.png" in capsys.readouterr().out
+
+
+def test_paths_that_are_no_pictures(config, tmp_path):
+    with pytest.raises(
+        ValueError, match="need a folder or a tar file of pictures: correct train_paths or val_paths"
+    ):
+        train_vq(dataclasses.replace(config, train_paths=(tmp_path / "nowhere",)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="got no readable picture for empty-train"):
+        train_vq(dataclasses.replace(config, train_paths=(tmp_path / "empty",)))
+    with pytest.raises(ValueError, match="got no held-out pictures, need some to measure the tokenizer"):
+        train_vq(dataclasses.replace(config, val_paths=()))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"twemoji": 0, "openmoji": 0}, "got no pictures, need at least one source: set twemoji=1"),
+        ({"steps": 0}, "got steps=0, need at least 1"),
+        ({"precision": "fp8"}, "got precision=fp8 .*need bf16 or fp32"),
+    ],
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainVqConfig(**options)
+
+
+def test_conf_file_holds_the_defaults():
+    assert compose("train_vq", []).config == TrainVqConfig()
+
+
+def test_held_out_emoji_concepts_are_never_trained_on(monkeypatch, tmp_path):
+    from moma import train_vq as module
+    from moma.data.sources.split import concept_key, is_held_out
+
+    names = [
+        "lion",
+        "lion face",
+        "woman farmer",
+        "man farmer dark skin tone",
+        "pizza",
+        "violin",
+        "kiwi",
+        "axe",
+    ]
+    held = {name for name in names if is_held_out(concept_key(name), 0.5)}
+    assert held and held != set(names)
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for i, _ in enumerate(names):
+        (folder / f"{i}.png").write_bytes(png(i))
+    listing = [(f"{i:x}", name, folder / f"{i}.png") for i, name in enumerate(names)]
+    monkeypatch.setattr(
+        module, "emoji_files", lambda config: listing if config == EmojiConfig("twemoji") else []
+    )
+    monkeypatch.setattr(module, "is_held_out", lambda key: is_held_out(key, 0.5))
+    train, held_out = _collect(TrainVqConfig(openmoji=0, cache=tmp_path / "cache", model=TINY))
+    assert len(train["twemoji"][0]) == len(names) - len(held) and len(held_out["twemoji"]) == len(held)

@@ -1,0 +1,162 @@
+import json
+import re
+
+import pytest
+import torch
+
+from moma.vqgan.model import CHAMELEON, VqConfig, VqModel, load_vq, save_vq
+
+TINY = VqConfig(
+    resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16, ema=True
+)
+
+
+@pytest.fixture(scope="module")
+def chameleon():
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in VqModel(CHAMELEON).state_dict().items()}
+
+
+# Representative names and shapes of a taming VQModel with Chameleon's settings.
+CHAMELEON_SHAPES = {
+    "encoder.conv_in.weight": (128, 3, 3, 3),
+    "encoder.down.0.block.0.norm1.weight": (128,),
+    "encoder.down.0.block.1.conv2.bias": (128,),
+    "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+    "encoder.down.1.block.0.conv1.weight": (128, 128, 3, 3),
+    "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+    "encoder.down.3.downsample.conv.bias": (256,),
+    "encoder.down.4.block.0.nin_shortcut.bias": (512,),
+    "encoder.down.4.block.1.conv1.weight": (512, 512, 3, 3),
+    "encoder.mid.block_1.conv1.weight": (512, 512, 3, 3),
+    "encoder.mid.attn_1.norm.weight": (512,),
+    "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    "encoder.mid.attn_1.proj_out.bias": (512,),
+    "encoder.mid.block_2.norm2.bias": (512,),
+    "encoder.norm_out.weight": (512,),
+    "encoder.conv_out.weight": (256, 512, 3, 3),
+    "quant_conv.weight": (256, 256, 1, 1),
+    "quantize.embedding.weight": (8192, 256),
+    "post_quant_conv.bias": (256,),
+    "decoder.conv_in.weight": (512, 256, 3, 3),
+    "decoder.mid.attn_1.v.weight": (512, 512, 1, 1),
+    "decoder.up.4.block.2.conv2.weight": (512, 512, 3, 3),
+    "decoder.up.4.upsample.conv.weight": (512, 512, 3, 3),
+    "decoder.up.3.block.0.nin_shortcut.weight": (256, 512, 1, 1),
+    "decoder.up.1.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+    "decoder.up.1.upsample.conv.bias": (128,),
+    "decoder.up.0.block.2.norm1.weight": (128,),
+    "decoder.norm_out.bias": (128,),
+    "decoder.conv_out.weight": (3, 128, 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", CHAMELEON_SHAPES)
+def test_chameleon_parameter(chameleon, name):
+    assert chameleon[name] == CHAMELEON_SHAPES[name]
+
+
+def test_chameleon_counts(chameleon):
+    # Blocks: 8 tensors, 2 more where the width changes; attention: 10. Encoder: 5 levels of 2 blocks, 2
+    # of them widening, 4 downsamplings, mid and ends. Decoder: the same with 3 blocks a level.
+    parts = ("encoder", "decoder", "quantize")
+    per_part = {part: sum(name.startswith(part + ".") for name in chameleon) for part in parts}
+    mid_and_ends = 2 * 8 + 10 + 3 * 2
+    assert per_part == {
+        "encoder": 10 * 8 + 2 * 2 + 4 * 2 + mid_and_ends,
+        "decoder": 15 * 8 + 2 * 2 + 4 * 2 + mid_and_ends,
+        "quantize": 1,
+    }
+    assert len(chameleon) == sum(per_part.values()) + 4
+    known = re.compile(
+        r"(encoder\.down|decoder\.up)\.[0-4]\.(block\.[0-2]\.(norm[12]|conv[12]|nin_shortcut)|"
+        r"(down|up)sample\.conv)\.|(encoder|decoder)\.(conv_in|norm_out|conv_out)\.|"
+        r"(encoder|decoder)\.mid\.(block_[12]\.(norm|conv)[12]|attn_1\.(norm|q|k|v|proj_out))\.|"
+        r"quantize\.embedding\.|(post_)?quant_conv\."
+    )
+    assert [name for name in chameleon if not known.match(name)] == []
+
+
+def test_chameleon_grid_and_shapes():
+    assert CHAMELEON.factor == 16 and CHAMELEON.grid == (32, 32)
+    with torch.device("meta"):
+        model, x = VqModel(CHAMELEON), torch.empty(1, 3, 512, 512)
+        z = model.features(x)
+        assert z.shape == (1, 256, 32, 32)
+        assert model.decode(z).shape == (1, 3, 512, 512)
+
+
+@pytest.mark.parametrize(
+    "groups, counts", [(32, {(8, 24), (16, 48), (32, 96)}), (4, {(4, 24), (4, 48), (4, 96)})]
+)
+def test_number_of_norm_groups(groups, counts):
+    config = VqConfig(
+        resolution=16, ch=24, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16,
+        norm_groups=groups,
+    )  # fmt: skip
+    norms = [m for m in VqModel(config).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {(m.num_groups, m.num_channels) for m in norms} == counts
+    assert {m.eps for m in norms} == {1e-6}
+
+
+def test_encoder_and_decoder_widths_differ():
+    config = VqConfig(
+        resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16,
+        decoder_ch=16, decoder_ch_mult=(1, 3), decoder_num_res_blocks=2,
+    )  # fmt: skip
+    model = VqModel(config)
+    assert model.encoder.conv_in.out_channels == 8
+    assert model.decoder.conv_in.out_channels == 48 and len(model.decoder.up[0].block) == 3
+
+
+def test_encode_and_decode_shapes():
+    model, x = VqModel(TINY), torch.randn(3, 3, 16, 16)
+    x_hat, quantized = model(x)
+    assert quantized.codes.shape == (3, 8, 8) and x_hat.shape == x.shape
+    torch.testing.assert_close(model.decode_codes(quantized.codes), x_hat)
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    down = VqModel(TINY).encoder.down[0].downsample
+    with torch.no_grad():
+        down.conv.weight.zero_().add_(1.0)
+        down.conv.bias.zero_()
+        result = down(torch.ones(1, 8, 4, 4))[0, 0]
+    assert result.tolist() == [[72.0, 48.0], [48.0, 32.0]]
+
+
+def test_levels_must_agree():
+    with pytest.raises(ValueError, match="got 3 encoder and 2 decoder levels, need equal"):
+        VqConfig(ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2))
+
+
+def test_resolution_must_divide():
+    with pytest.raises(ValueError, match="got resolution 20, need a multiple of 8"):
+        VqConfig(resolution=20, ch_mult=(1, 1, 1, 1))
+
+
+def test_save_and_load(tmp_path):
+    model = VqModel(TINY).eval()
+    save_vq(model, tmp_path, torch.float16)
+    again = load_vq(tmp_path)
+    assert again.config == model.config
+    for name, t in again.state_dict().items():
+        assert t.dtype == torch.float32
+        assert torch.equal(t, model.state_dict()[name].half().float())
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_load_names_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="got no vqgan.json in .*need vqgan.json and vqgan.safetensors"):
+        load_vq(tmp_path)
+
+
+def test_load_refuses_unknown_keys_and_other_shapes(tmp_path):
+    save_vq(VqModel(TINY), tmp_path)
+    fields = json.loads((tmp_path / "vqgan.json").read_text())
+    (tmp_path / "vqgan.json").write_text(json.dumps(fields | {"chanels": 3}))
+    with pytest.raises(ValueError, match=r"got unknown keys \['chanels'\]"):
+        load_vq(tmp_path)
+    (tmp_path / "vqgan.json").write_text(json.dumps(fields | {"n_embed": 17}))
+    with pytest.raises(ValueError, match="got weights that do not fit .*first quantize.embedding.weight"):
+        load_vq(tmp_path)
