@@ -54,12 +54,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     """
     fresh = not optimizer.state
     if fresh and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            "got a fresh optimizer with gradients, need none: call it before backward or after a step"
-        )
-    flat = get_optimizer_state_dict(
-        model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
-    )
+        raise ValueError("got a fresh optimizer with gradients, need none: call it before backward or after a step")
+    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     state = {key: cast(Tensor, value) for key, value in flat.items() if key.startswith("state.")}
     if fresh:  # torch made the state by a step with zero gradients, which also counted one
         for value in state.values():
@@ -80,9 +76,7 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any], kee
     folder = root / f"step-{step:08d}"
     temporary = root / f"{TMP}{folder.name}"
     if folder.exists():
-        raise ValueError(
-            f"got a second checkpoint of step {step}, need one: resume from {folder} or remove it"
-        )
+        raise ValueError(f"got a second checkpoint of step {step}, need one: resume from {folder} or remove it")
     if _rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(f"{TMP}*"):
@@ -119,17 +113,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text())
     except FileNotFoundError:
-        raise ValueError(
-            f"got {path} without meta.json, need a checkpoint folder (.../step-00000100)"
-        ) from None
+        raise ValueError(f"got {path} without meta.json, need a checkpoint folder (.../step-00000100)") from None
     except ValueError as error:
-        raise ValueError(
-            f"got a damaged {path / 'meta.json'} ({error}): remove {path}, resume from before"
-        ) from None
+        raise ValueError(f"got a damaged {path / 'meta.json'} ({error}): remove {path}, resume from before") from None
     if meta.get("format") != FORMAT:
-        raise ValueError(
-            f"got {path} of format {meta.get('format')}, need {FORMAT}: use the moma that wrote it"
-        )
+        raise ValueError(f"got {path} of format {meta.get('format')}, need {FORMAT}: use the moma that wrote it")
     return meta
 
 
@@ -177,9 +165,7 @@ def _flatten(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
         elif isinstance(value, Tensor):
             yield f"{prefix}{name}", value
         else:
-            raise ValueError(
-                f"got a {type(value).__name__} at {prefix}{name}, need a tensor: put it into meta"
-            )
+            raise ValueError(f"got a {type(value).__name__} at {prefix}{name}, need a tensor: put it into meta")
 
 
 def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
@@ -187,9 +173,7 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
     for name, size in read_meta(path)["files"].items():
         have = (path / name).stat().st_size if (path / name).exists() else 0
         if have != size:
-            raise ValueError(
-                f"got {have} bytes in {path / name}, need {size}: remove {path}, resume from before"
-            )
+            raise ValueError(f"got {have} bytes in {path / name}, need {size}: remove {path}, resume from before")
     try:
         return FileSystemReader(path).read_metadata().state_dict_metadata  # type: ignore[return-value]
     except Exception as error:  # whatever unpickling a damaged file may raise
@@ -219,9 +203,7 @@ def _quiet() -> Iterator[None]:
 def _complete(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return sorted(
-        p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and (p / "meta.json").exists()
-    )
+    return sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and (p / "meta.json").exists())
 
 
 def _form(shape: tuple[int, ...], dtype: torch.dtype) -> str:

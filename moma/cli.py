@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(flag: str) -> None:
     if flag in ("-m", "--multirun"):
-        raise ValueError(
-            f"got {flag}, need a single run: sweeps are not supported, start one command for each value"
-        )
+        raise ValueError(f"got {flag}, need a single run: sweeps are not supported, start one command for each value")
     if flag not in ("-h", "--help", "--traceback"):
         raise ValueError(f"got the flag {flag}, need --help or --traceback: settings are written key=value")
 
@@ -87,9 +85,7 @@ def _help(verb: str, overrides: list[str]) -> str:
             marked = (f"{option}*" if option == choice else option for option in options(group))
             lines.append(f"  {group:<{width}}  {' '.join(marked)}")
         lines.append("")
-    return "\n".join(
-        [*lines, "settings (key.key=value):", OmegaConf.to_yaml(OmegaConf.create(mapping)).rstrip()]
-    )
+    return "\n".join([*lines, "settings (key.key=value):", OmegaConf.to_yaml(OmegaConf.create(mapping)).rstrip()])
 
 
 if __name__ == "__main__":

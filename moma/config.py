@@ -44,11 +44,7 @@ _UNITS = ("steps", "tokens", "flops", "percent")
 _UNIT = f"(?P<unit>{'|'.join(_UNITS)})"
 # duration.steps=10 or duration={steps: 10}
 _DURATION = re.compile(
-    r"(?P<key>[\w.]+?)(\."
-    + _UNIT
-    + r"=|=\{\s*"
-    + _UNIT.replace("unit", "unit2")
-    + r"\s*:)\s*(?P<value>[^\s{}]+)\s*\}?"
+    r"(?P<key>[\w.]+?)(\." + _UNIT + r"=|=\{\s*" + _UNIT.replace("unit", "unit2") + r"\s*:)\s*(?P<value>[^\s{}]+)\s*\}?"
 )
 
 
@@ -66,9 +62,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "quickstart": Verb("all of the below, small", "moma.quickstart:QuickstartConfig", "moma.quickstart:main"),
-    "prepare": Verb(
-        "raw documents -> token shards", "moma.prepare:PrepareConfig", "moma.prepare:prepare", False
-    ),
+    "prepare": Verb("raw documents -> token shards", "moma.prepare:PrepareConfig", "moma.prepare:prepare", False),
     "train_bpe": Verb("text tokenizer", "moma.train_bpe:TrainBpeConfig", "moma.train_bpe:train_bpe", False),
     "train_vq": Verb("image tokenizer", "moma.train_vq:TrainVqConfig", "moma.train_vq:train_vq", False),
     "train": Verb("pre-train a model, or its causal routers", "moma.train:TrainConfig", "moma.train:main"),
@@ -94,9 +88,7 @@ def share(name: str) -> Path:
     for folder in (package / "_share" / name, package.parent / name):
         if folder.is_dir():
             return folder
-    raise ValueError(
-        f"got an installation of moma without {name}/, need it beside the package: install it again"
-    )
+    raise ValueError(f"got an installation of moma without {name}/, need it beside the package: install it again")
 
 
 def locate(target: str) -> Any:
@@ -116,9 +108,7 @@ def raw(verb: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]
     """Hydra's part of `compose`: the resolved mapping and the option chosen in each config group."""
     for override in overrides:
         if re.match(r"[+~]*hydra[./](?!searchpath=)", override):
-            raise ValueError(
-                f"got {override!r}, need a key of moma: of Hydra's own, only hydra.searchpath counts"
-            )
+            raise ValueError(f"got {override!r}, need a key of moma: of Hydra's own, only hydra.searchpath counts")
     durations = [found for override in overrides if (found := _DURATION.fullmatch(override))]
     rest = [override for override in overrides if not _DURATION.fullmatch(override)]
     try:
@@ -145,9 +135,8 @@ def _set_duration(mapping: Any, found: re.Match[str]) -> None:
     if not (old is None or (isinstance(old, dict) and set(old) <= set(_UNITS))):
         near = nearest(found["key"], [key.rsplit(".", 1)[0] for key in leaves(mapping)])
         raise ValueError(f"got the unknown duration {found['key']}, need one that `--help` shows{near}")
-    node[name] = OmegaConf.to_container(
-        OmegaConf.create(f"{found['unit'] or found['unit2']}: {found['value']}")
-    )
+    assert isinstance(node, dict)
+    node[name] = OmegaConf.to_container(OmegaConf.create(f"{found['unit'] or found['unit2']}: {found['value']}"))
 
 
 def options(group: str) -> list[str]:
@@ -174,7 +163,5 @@ def _explain(verb: str, overrides: list[str], error: str) -> str:
         return f"got no value for {path}, need one: add {path}=..."
     if "override" in error or "input '" in error:
         reason = error.split("\nSee ")[0].replace("\n", " ")
-        return (
-            f"got {' '.join(overrides)} ({reason}), need key=value: quote special characters, key='\"a,b\"'"
-        )
+        return f"got {' '.join(overrides)} ({reason}), need key=value: quote special characters, key='\"a,b\"'"
     return f"got {' '.join([verb, *overrides])} ({' '.join(error.split())}), need what composes: change it"

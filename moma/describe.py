@@ -143,6 +143,5 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"{'total':24}{result['params_total']:>16,}{result['params_active']:>16,}{forward / 1e6:>18.3f}")
     print(f"training: {result['flops_per_token_train'] / 1e6:.3f} MFLOP/token (attention in full; "
           f"forward {causal / 1e6:.3f} with its causal half), {result['tokens_per_step']:,} tokens per step")  # fmt: skip
-    print(
-        "memory:   " + ", ".join(f"{kind} {size / 2**20:,.1f} MiB" for kind, size in result["memory"].items())
-    )
+    sizes = (f"{kind} {size / 2**20:,.1f} MiB" for kind, size in result["memory"].items())
+    print(f"memory:   {', '.join(sizes)}")

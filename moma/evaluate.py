@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from moma.config import Composed
 from moma.data.shards import open_corpus
@@ -140,9 +139,7 @@ def print_table(result: dict[str, Any]) -> None:
     """Losses per mode beside the baselines, and the auxiliary routers per layer."""
     print(f"{result['run']}: {result['micro_batches']} held-out micro-batches, nats per target")
     for mode, loss in result["loss"].items():
-        print(
-            f"  {mode:8} text {loss['loss_text']:.4f}  image {loss['loss_image']:.4f}  all {loss['loss']:.4f}"
-        )
+        print(f"  {mode:8} text {loss['loss_text']:.4f}  image {loss['loss_image']:.4f}  all {loss['loss']:.4f}")
     found = result["baselines"]
     print(
         f"  baseline text {found['text_bigram']:.4f} (bigram)  image {found['image_position_unigram']:.4f} "
@@ -150,7 +147,6 @@ def print_table(result: dict[str, Any]) -> None:
     )
     for states, layers in result.get("routing", {}).items():
         for number, r in enumerate(layers):
-            print(
-                f"  router {number} on {states:12} states: accuracy {r['accuracy']:.3f} (majority {r['majority']:.3f}), "
-                f"AUC {r['auc']:.3f}, experts per token {r['experts_true']:.3f} true {r['experts_predicted']:.3f} predicted"
-            )
+            experts = f"experts per token {r['experts_true']:.3f} true {r['experts_predicted']:.3f} predicted"
+            accuracy = f"accuracy {r['accuracy']:.3f} (majority {r['majority']:.3f}), AUC {r['auc']:.3f}"
+            print(f"  router {number} on {states:12} states: {accuracy}, {experts}")

@@ -58,9 +58,7 @@ METRICS = {
     "aux/{layer}/precision": "1: of the tokens they choose, the share that the training rule chooses",
     "aux/{layer}/recall": "1: of the tokens that the training rule chooses, the share they choose",
 }
-_PATTERN = re.compile(
-    "|".join(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name)) for name in sorted(METRICS, key=len))
-)
+_PATTERN = re.compile("|".join(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name)) for name in sorted(METRICS, key=len)))
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,7 @@ class RunLog:
             if not _PATTERN.fullmatch(name):
                 close = difflib.get_close_matches(name, METRICS, 1)
                 hint = f"did you mean {close[0]}? Else " if close else ""
-                raise ValueError(
-                    f"got the metric {name!r}, need one of log.METRICS: {hint}add it there with its unit"
-                )
+                raise ValueError(f"got the metric {name!r}, need one of log.METRICS: {hint}add it there with its unit")
         if self._file is None:
             return
         line = {"step": step} | {name: _finite(value) for name, value in values.items()}

@@ -106,9 +106,7 @@ class Meter:
     def time(self, kind: str) -> Iterator[None]:
         """Book the block's seconds under `kind` (one of KINDS); those of an inner block count once."""
         if kind not in KINDS:
-            raise ValueError(
-                f"got the kind of time {kind!r}, need one of {', '.join(KINDS)}: add it to KINDS"
-            )
+            raise ValueError(f"got the kind of time {kind!r}, need one of {', '.join(KINDS)}: add it to KINDS")
         start, outer, self._inner = self._clock(), self._inner, 0.0
         try:
             yield

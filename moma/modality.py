@@ -83,7 +83,7 @@ class TokenGroups(NamedTuple):
     first. Padding tokens of the batch stand in no valid slot of any modality and have slot -1 everywhere.
     """
 
-    index: tuple[Tensor, ...]
+    index: tuple[Tensor, ...]  # pyright: ignore[reportIncompatibleMethodOverride]
     slot: tuple[Tensor, ...]
     valid: tuple[Tensor, ...] | None = None
 
@@ -93,9 +93,7 @@ class TokenGroups(NamedTuple):
         def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(t.to(device, non_blocking=True) for t in tensors)
 
-        return TokenGroups(
-            move(self.index), move(self.slot), None if self.valid is None else move(self.valid)
-        )
+        return TokenGroups(move(self.index), move(self.slot), None if self.valid is None else move(self.valid))
 
     def merged(self) -> "TokenGroups":
         """All modalities as one group (the `all` partition): index = every position, padding not valid."""

@@ -48,9 +48,7 @@ class OptimConfig:
             raise ValueError(f"got betas={self.betas}, need both in [0, 1): change them")
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters in two optimizer groups: decayed and not.
 
     Matrices decay: everything of two or more dimensions, so stacked experts, routers and embeddings too.
@@ -67,9 +65,7 @@ def parameter_groups(
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
-) -> torch.optim.AdamW:
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over `parameter_groups`; build it once the model is sharded and on its device."""
     groups = parameter_groups(named_parameters, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -13,17 +13,20 @@ picture takes its document with it: skipped, counted and listed in the manifest,
 `on_error=stop`.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -115,22 +118,19 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     vocab = load_vocabulary(asset)
     corpus = Path(config.corpora) / config.name
     provenance = _provenance(config, vocab)
-    if _begin(corpus, provenance, config.overwrite):
-        return read_manifest(corpus)
-    records = _shards(config, asset, vocab, corpus)
-    manifest = _manifest(config, vocab, provenance, records)
-    credits_ = manifest["attribution"]
-    (corpus / ATTRIBUTION).write_text(
-        attribution_text("The token shards in this folder were made from:", credits_)
-    )
-    write_manifest(corpus, manifest)
-    shutil.rmtree(corpus / PROGRESS)
+    with _alone(corpus):
+        if _begin(corpus, provenance, config.overwrite):
+            return read_manifest(corpus)
+        records = _shards(config, asset, vocab, corpus)
+        manifest = _manifest(config, vocab, provenance, records)
+        title = "The token shards in this folder were made from:"
+        (corpus / ATTRIBUTION).write_text(attribution_text(title, manifest["attribution"]))
+        write_manifest(corpus, manifest)
+        shutil.rmtree(corpus / PROGRESS)
     return read_manifest(corpus)
 
 
-def encode_chunk(
-    chunk: Chunk, encoders: Encoders, on_error: str
-) -> tuple[list[Document], dict[str, int], list[str]]:
+def encode_chunk(chunk: Chunk, encoders: Encoders, on_error: str) -> tuple[list[Document], dict[str, int], list[str]]:
     """Encode a chunk's documents in order: documents, number skipped by reason, and "place: reason" of each.
 
     Pictures of many documents go through the image tokenizer together; those that are codes already are kept.
@@ -203,6 +203,21 @@ def _provenance(config: PrepareConfig, vocab: Vocabulary) -> list[dict[str, Any]
     return entries
 
 
+@contextmanager
+def _alone(corpus: Path) -> Iterator[None]:
+    """Hold the corpus's lock; a killed process lets go of it by itself."""
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    with open(corpus.parent / f".{corpus.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"got a corpus {corpus} that another process is preparing, need it for this one alone: wait for "
+                "the other one, or choose another name"
+            ) from error
+        yield
+
+
 def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> bool:
     """Open the corpus's folder; whether the corpus is finished already."""
     recorded = corpus / PROGRESS / "provenance.json"
@@ -217,6 +232,8 @@ def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> b
         found, finished = read_manifest(corpus)["provenance"], True
     elif recorded.is_file():
         found, finished = json.loads(recorded.read_text()), False
+        for temporary in corpus.rglob(".*.tmp*"):  # of killed workers
+            temporary.unlink(missing_ok=True)
     else:
         recorded.parent.mkdir(parents=True, exist_ok=True)
         write_json(recorded, provenance)
@@ -259,7 +276,7 @@ def _shards(
     else:
         # Spawned, not forked: forking a process that has used torch's threads can hang.
         pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_start_worker, initargs=(asset, vocab, config.device)
+            workers, get_context("spawn"), initializer=_start_pool_worker, initargs=(asset, vocab, config.device)
         )
         waiting: set[Future[dict[str, Any]]] = set()
         try:
@@ -323,6 +340,19 @@ def _finished(corpus: Path, chunk: Chunk) -> dict[str, Any] | None:
 
 # The tokenizers of this process: loaded once, used for every chunk that it gets.
 _ENCODERS: list[Encoders] = []
+
+
+def _start_pool_worker(asset: Path, vocab: Vocabulary, device: str) -> None:
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _start_worker(asset, vocab, device)
+
+
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _start_worker(asset: Path, vocab: Vocabulary, device: str) -> None:
@@ -449,9 +479,7 @@ class _Progress:
 
     def add(self, record: dict[str, Any]) -> None:
         shard = record["shard"]
-        self.count.update(
-            shards=1, documents=shard["documents"], images=shard["images"], tokens=shard["tokens"]
-        )
+        self.count.update(shards=1, documents=shard["documents"], images=shard["images"], tokens=shard["tokens"])
         self.count["skipped"] += sum(record["skipped"].values())
         terminal, now = sys.stderr.isatty(), time.monotonic()
         if terminal or now - self.last >= 10:

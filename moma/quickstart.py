@@ -112,9 +112,7 @@ def run_stage(stage: Stage, record: dict[str, Any], path: Path) -> None:
     if interrupted:
         raise KeyboardInterrupt
     if result:
-        raise ValueError(
-            f"got exit code {result} from `{command}`, need 0: correct what it says, then run again"
-        )
+        raise ValueError(f"got exit code {result} from `{command}`, need 0: correct what it says, then run again")
 
 
 def print_budget(record: dict[str, Any], config: QuickstartConfig) -> None:

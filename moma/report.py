@@ -2,9 +2,9 @@
 
     moma report runs=[runs/.../tiny-dense-s0,runs/.../tiny-moe_4t4i-aux_routers-s0] out=FOLDER
 
-A run that trained auxiliary routers brings the run it started from along. A `quickstart.json` in `out` adds the
-budget and the commands. All work is in `moma/analysis`, which reads files only. Refuses what it refuses, and an
-empty list of runs.
+A run that trained auxiliary routers brings the run it started from along. A `quickstart.json` in `out` adds
+the budget and the commands. All work is in `moma/analysis`, which reads files only. Refuses what it refuses,
+and an empty list of runs.
 """
 
 import json
@@ -35,15 +35,17 @@ def main(composed: Composed) -> int:
     config: ReportConfig = composed.config
     runs = collect(config.runs)
     generations = [report.read_generations(folder, runs) for folder in config.generations]
-    path = report.write_report(runs, generations, config.out, _quickstart(config.out / "quickstart.json"))
+    path = report.write_report(runs, generations, config.out, _quickstart(config.out))
     print("\n".join([*report.summary_lines(runs), f"wrote {path}"]))
     return 0
 
 
-def _quickstart(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"got a damaged {path} ({error}), need JSON: remove it") from None
+def _quickstart(out: Path) -> dict[str, Any] | None:
+    """What `moma quickstart` recorded beside the report's folder, or in it."""
+    for path in (out / "quickstart.json", out.parent / "quickstart.json"):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"got a damaged {path} ({error}), need JSON: remove it") from None
+    return None

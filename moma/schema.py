@@ -66,9 +66,7 @@ def plain(value: Any, kinds: Mapping[str, type] | None = None) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def diff(
-    old: Mapping[str, Any], new: Mapping[str, Any], identity: Iterable[str]
-) -> tuple[list[str], list[str]]:
+def diff(old: Mapping[str, Any], new: Mapping[str, Any], identity: Iterable[str]) -> tuple[list[str], list[str]]:
     """Differences of two plain mappings as lines "optim.lr: 0.1 -> 0.2": those of the run's identity, the
     free ones.
 
@@ -112,9 +110,7 @@ def _value(hint: Any, raw: Any, where: str, kinds: Mapping[str, type] | None = N
         each = args[:1] * len(raw) if args[-1] is ... else args
         if len(each) != len(raw):
             raise wrong
-        return tuple(
-            _value(h, item, f"{where}.{i}", kinds) for i, (h, item) in enumerate(zip(each, raw, strict=True))
-        )
+        return tuple(_value(h, item, f"{where}.{i}", kinds) for i, (h, item) in enumerate(zip(each, raw, strict=True)))
     if kinds and isinstance(raw, Mapping):
         return _kind(kinds, raw, where)
     if origin is Literal:
@@ -134,9 +130,7 @@ def _value(hint: Any, raw: Any, where: str, kinds: Mapping[str, type] | None = N
     raise wrong
 
 
-def _union(
-    members: tuple[Any, ...], raw: Any, where: str, kinds: Mapping[str, type] | None, wrong: ValueError
-) -> Any:
+def _union(members: tuple[Any, ...], raw: Any, where: str, kinds: Mapping[str, type] | None, wrong: ValueError) -> Any:
     if raw is None and type(None) in members:
         return None
     members = tuple(member for member in members if member is not type(None))

@@ -204,9 +204,7 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     flops_per_token = flops["flops_per_token_train"]
     tokens_per_step = config.data.tokens_per_step
     total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
-    learning_rate(
-        0, total, config.optim, tokens_per_step, flops_per_token
-    )  # refuses bad schedules before work
+    learning_rate(0, total, config.optim, tokens_per_step, flops_per_token)  # refuses bad schedules before work
     run = _Run(config, run_dir, vocab, model, optimizer, state, identity, device, precision, total)
     run.print_plan(flops, sources, meta.get("step", 0))
     loader = Loader(plan, dict(sources), vocab, state=meta.get("data"))
@@ -265,12 +263,8 @@ def git_state() -> dict[str, Any]:
     """Commit and whether the tree was clean; empty outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
-        )
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit.stdout.strip(), "clean": not status.stdout.strip()}
@@ -297,8 +291,8 @@ class _Run:
         config, stream = self.config, iter(loader)
         objective = OBJECTIVES[config.objective.kind][1]
         units = (config.data.tokens_per_step, flops_per_token)
-        every = lambda d: None if d is None else max(1, d.to_steps(*units, self.total))  # noqa: E731
-        eval_every, save_every = every(config.eval.interval), every(config.checkpoint.interval)
+        eval_every = config.eval.interval and max(1, config.eval.interval.to_steps(*units, self.total))
+        save_every = max(1, config.checkpoint.interval.to_steps(*units, self.total))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         progress, window, data_state = Progress(config.objective.kind, self.total, step), {}, loader.state
         with self._signals():
@@ -313,9 +307,7 @@ class _Run:
                 denominator = sum(batch.n_targets for batch in batches)
                 for batch in batches:
                     with autocast(self.precision, self.device):
-                        loss, tallies = objective(
-                            config.objective, self.model, batch, denominator, self.vocab, logs
-                        )
+                        loss, tallies = objective(config.objective, self.model, batch, denominator, self.vocab, logs)
                     loss.backward()
                     _add(window, tallies)
                 grad_norm = clip_(parameters, config.optim.clip_norm)
@@ -391,7 +383,7 @@ class _Run:
 
         def ask(number: int, frame: Any) -> None:
             self.stop_asked = True
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -54,10 +54,7 @@ def train_bpe(config: TrainBpeConfig) -> dict[str, Any]:
     _check(config)
     texts = {name: _texts(config, name) for name in config.sources}
     repeated = (
-        text
-        for name, (train, _) in texts.items()
-        for _ in range(config.weights.get(name, 1))
-        for text in train
+        text for name, (train, _) in texts.items() for _ in range(config.weights.get(name, 1)) for text in train
     )
     trained, ranks = _train(repeated, config.text_size)
     folder = Path(config.out)

@@ -14,16 +14,19 @@ and started again gives the same bits as one that was not.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from moma import checkpoint
 from moma.checkpoint import model_state, optimizer_state
@@ -34,13 +37,11 @@ from moma.meter import Duration
 from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
 from moma.tokenizer.image import ImageTokenizer, open_image, preprocess, to_tensor
 from moma.vqgan.losses import PatchDiscriminator, PerceptualLoss, hinge_loss, picture_gradient
-from moma.vqgan.model import VqConfig, VqModel, save_vq
-from moma.vqgan.quantize import code_statistics, empty_state, update_codebook
+from moma.vqgan.model import VqConfig, VqModel, load_vq, save_vq
+from moma.vqgan.quantize import CodebookState, code_statistics, empty_state, update_codebook
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-METRICS = (
-    "metrics.jsonl"  # in the run folder: training rows every log_every steps, held-out rows every eval_every
-)
+METRICS = "metrics.jsonl"  # in the run folder: training rows every log_every steps, held-out rows every eval_every
 # Fields that may change between a run and its resumption: they do not touch the weights.
 _FREE = ("out", "export", "cache", "log_every", "eval_every", "checkpoint_every", "grid_pictures")
 
@@ -53,8 +54,8 @@ class TrainVqConfig:
     export: Path | None = None  # folder that gets vqgan.json and vqgan.safetensors; None: <out>/export
     cache: Path = Path(".cache/train_vq")  # preprocessed pictures, reused by later runs
     # Pictures: copies of each source in an epoch (0 = leave it out), tars or folders by path.
-    twemoji: int = 2
-    openmoji: int = 1
+    twemoji: int = 3
+    openmoji: int = 2
     train_paths: tuple[Path, ...] = ()
     val_paths: tuple[Path, ...] = ()
     fit: Literal["crop", "pad"] = "crop"
@@ -76,9 +77,9 @@ class TrainVqConfig:
             ema=True,
         )
     )
-    steps: int = 4000
+    steps: int = 5000
     batch_size: int = 16
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     end_lr: float = 1e-5
     warmup_steps: int = 100
     weight_decay: float = 0.0
@@ -89,8 +90,8 @@ class TrainVqConfig:
     discriminator_weight: float = 0.0  # 0 = no discriminator
     discriminator_start: int = 0
     discriminator_lr: float = 2e-4
-    ema_decay: float = 0.97  # of the code book, where model.ema
-    dead_below: float = 0.2  # codes used less than this share of the mean are restarted
+    ema_decay: float = 0.98  # of the code book, where model.ema
+    dead_below: float = 0.1  # codes used less than this share of the mean are restarted
     restart_until: float = 0.8  # share of the steps after which codes are left alone
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "cpu"
@@ -117,135 +118,70 @@ class TrainVqConfig:
             )
 
 
+class Players(NamedTuple):
+    """What one run trains: the VQ-GAN with its EMA state, and the discriminator where there is one."""
+
+    model: VqModel
+    optimizer: torch.optim.Optimizer
+    ema: CodebookState
+    perceptual: PerceptualLoss | None
+    adversary: PatchDiscriminator | None
+    adversary_optimizer: torch.optim.Optimizer | None
+
+
 def train_vq(config: TrainVqConfig) -> dict[str, float]:
     """Train, evaluate on held-out pictures and export; resumes from the newest checkpoint in `config.out`.
 
     Returns `parameters` and the exported model's held-out metrics (`evaluate_vq`). ValueError if a checkpoint
-    of other settings lies in `out`.
+    of other settings lies in `out`, or if the loss is not finite.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     out, export = config.out, config.export or config.out / "export"
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = _collect(config)
-    index = np.concatenate([np.tile(i, copies) for i, copies in _source_ranges(train)])
     pixels = np.concatenate([part for part, _ in train.values()])
+    index = np.concatenate([np.tile(numbers, copies) for numbers, copies in _source_ranges(train)])
 
-    torch.manual_seed(config.seed)
-    model = VqModel(config.model).to(config.device)
-    optimizer = build_optimizer(model.named_parameters(), _optim(config, config.lr))
-    codebook = model.quantize.embedding.weight
-    ema = empty_state(codebook.detach())
-    adversary = PatchDiscriminator().to(config.device) if config.discriminator_weight > 0 else None
-    adversary_optimizer = None
-    if adversary is not None:
-        settings = _optim(config, config.discriminator_lr)
-        adversary_optimizer = build_optimizer(adversary.named_parameters(), settings)
-    perceptual = PerceptualLoss().to(config.device) if config.perceptual_weight > 0 else None
-
-    state = {
-        "model": model_state(model),
-        "optimizer": optimizer_state(model, optimizer),
-        "ema": ema._asdict(),
-    }
-    if adversary is not None:
-        state["discriminator"] = model_state(adversary)
-        state["discriminator_optimizer"] = optimizer_state(adversary, adversary_optimizer)
+    players = _players(config)
+    state = _state(players)
     start = _resume(config, state)
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in players.model.parameters())
     print(
         f"train_vq: {len(pixels)} training pictures ({len(index)} an epoch), held out "
         + ", ".join(f"{len(part)} {name}" for name, part in held_out.items())
         + f"; {size:,} parameters; step {start}/{config.steps}",
         flush=True,
     )
-
-    metrics: dict[str, float] = {}
     order, progress = _Order(index, config.seed), Progress("train_vq", config.steps, start)
     for step in range(start, config.steps):
         x = to_tensor(_augment(pixels[order.batch(step, config.batch_size)], config, step), config.device)
-        set_learning_rate(optimizer, learning_rate(step, config.steps, _optim(config, config.lr)))
-        adversarial = adversary is not None and step >= config.discriminator_start
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            z = model.features(x)
-            quantized = model.quantize(z)
-            bypass = step < config.quantize_start
-            x_hat = model.decode(z if bypass else quantized.quantized)
-            picture = picture_gradient(
-                x_hat,
-                x,
-                model.decoder.conv_out.weight,
-                perceptual,
-                adversary if adversarial else None,
-                perceptual_weight=config.perceptual_weight,
-                discriminator_weight=config.discriminator_weight,
-            )
-        optimizer.zero_grad(set_to_none=True)
-        weight = 0.0 if bypass else config.quantizer_weight
-        torch.autograd.backward([x_hat, weight * quantized.loss], [picture.gradient.to(x_hat.dtype), None])
-        norm = clip_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        if config.model.ema and not bypass:
-            update_codebook(
-                codebook,
-                ema,
-                z.detach().float().permute(0, 2, 3, 1).flatten(0, 2),
-                quantized.codes.flatten(),
-                decay=config.ema_decay,
-                dead_below=config.dead_below if step < config.restart_until * config.steps else 0.0,
-                generator=torch.Generator(config.device).manual_seed(config.seed * 2**32 + step),
-            )
-        d_loss = x.new_zeros(())
-        if adversarial:
-            schedule = _optim(config, config.discriminator_lr)
-            set_learning_rate(adversary_optimizer, learning_rate(step, config.steps, schedule))
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                d_loss = hinge_loss(adversary(x), adversary(x_hat.detach()))
-            adversary_optimizer.zero_grad(set_to_none=True)
-            d_loss.backward()
-            adversary_optimizer.step()
-
+        values = _update(config, players, x, step)
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            row = {
-                "step": done,
-                "l1": picture.l1,
-                "perceptual": picture.perceptual,
-                "quantizer": quantized.loss.detach(),
-                "adversarial": picture.adversarial,
-                "adaptive": picture.adaptive,
-                "discriminator": d_loss.detach(),
-                "grad_norm": norm,
-                "usage": quantized.usage,
-                "perplexity": quantized.perplexity,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
-            row = {name: float(value) for name, value in row.items()} | {"step": done}
-            _append(out, row)
-            progress.update(
-                done,
-                f"l1 {row['l1']:.4f}  perceptual {row['perceptual']:.4f}  quantizer {row['quantizer']:.4f}  "
-                f"perplexity {row['perplexity']:.0f}",
-            )
+            row = {name: float(value) for name, value in values.items()}
+            if not math.isfinite(row["l1"] + row["quantizer"] + row["grad_norm"]):
+                raise ValueError(f"got a loss that is not finite at step {done}, need a finite one: lower lr")
+            _append(out, {"step": done, **row})
+            text = (f"{name} {row[name]:.4g}" for name in ("l1", "perceptual", "quantizer", "perplexity"))
+            progress.update(done, "  ".join(text))
         if done % config.eval_every == 0 or done == config.steps:
-            metrics = evaluate_vq(model, held_out)
+            metrics = evaluate_vq(players.model, held_out)
             _append(out, {"step": done, **metrics})
-            save_grid(model, held_out, config.grid_pictures, out / "grid.png")
-            print(
-                "held out  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True
-            )
+            save_grid(players.model, held_out, config.grid_pictures, out / "grid.png")
+            print("held out  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
         if done % config.checkpoint_every == 0 or done == config.steps:
             meta = {"config": _identity(config), "metrics_offset": (out / METRICS).stat().st_size}
             checkpoint.save(out / "checkpoints", done, state, meta, keep_last=2)
+    progress.close()
 
-    metrics = metrics or evaluate_vq(model, held_out)
-    save_grid(model, held_out, config.grid_pictures, out / "grid.png")
-    save_vq(model, export, torch.float16 if config.export_dtype == "fp16" else torch.float32)
+    save_vq(players.model, export, torch.float16 if config.export_dtype == "fp16" else torch.float32)
     # What users get is the stored file, so its own numbers are the ones reported.
-    exported = evaluate_vq(ImageTokenizer.load(export, config.device).model, held_out)
-    result = {"parameters": size, **exported}
+    exported = load_vq(export, config.device)
+    result = {"parameters": size, **evaluate_vq(exported, held_out)}
+    save_grid(exported, held_out, config.grid_pictures, out / "grid.png")
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"exported {export}: " + "  ".join(f"{k} {v:.4g}" for k, v in exported.items()), flush=True)
+    print(f"exported {export}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
     return result
 
 
@@ -258,7 +194,6 @@ def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32
     """
     metrics = {}
     tokenizer = ImageTokenizer(model, next(model.parameters()).device, batch)
-    training = model.training
     for name, pixels in held_out.items():
         codes = tokenizer.encode_pixels(pixels)
         error = tokenizer.decode_pixels(codes).astype(np.float64) - pixels
@@ -267,7 +202,6 @@ def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32
         metrics[f"psnr.{name}"] = float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 1e-3))))
         metrics[f"usage.{name}"] = float(usage)
         metrics[f"perplexity.{name}"] = float(perplexity)
-    model.train(training)
     return metrics
 
 
@@ -275,7 +209,6 @@ def save_grid(model: VqModel, held_out: dict[str, np.ndarray], n: int, path: Pat
     """Write a PNG of `n` held-out pictures per source, evenly spaced, each above its reconstruction, 2x."""
     tokenizer = ImageTokenizer(model, next(model.parameters()).device)
     strips = []
-    training = model.training
     for name, pixels in held_out.items():
         chosen = pixels[np.linspace(0, len(pixels) - 1, min(n, len(pixels))).astype(int)]
         again = tokenizer.decode_pixels(tokenizer.encode_pixels(chosen))
@@ -288,7 +221,6 @@ def save_grid(model: VqModel, held_out: dict[str, np.ndarray], n: int, path: Pat
             image = Image.fromarray(strip).resize((2 * columns * size, 4 * size), Image.Resampling.NEAREST)
             ImageDraw.Draw(image).text((2, 2), name, fill="red")
             strips.append(np.asarray(image))
-    model.train(training)
     _atomic(path, lambda temporary: Image.fromarray(np.concatenate(strips)).save(temporary, format="PNG"))
 
 
@@ -306,9 +238,96 @@ def read_pictures(path: Path) -> Iterator[tuple[str, bytes]]:
             for member in sorted(members, key=lambda m: m.name):
                 yield member.name, tar.extractfile(member).read()
     else:
-        raise ValueError(
-            f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths"
+        raise ValueError(f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths")
+
+
+def _players(config: TrainVqConfig) -> Players:
+    """Fresh players, a function of the seed."""
+    torch.manual_seed(config.seed)
+    model = VqModel(config.model).to(config.device)
+    adversary = PatchDiscriminator().to(config.device) if config.discriminator_weight > 0 else None
+    return Players(
+        model,
+        build_optimizer(model.named_parameters(), _optim(config, config.lr)),
+        empty_state(model.quantize.embedding.weight.detach()),
+        PerceptualLoss().to(config.device) if config.perceptual_weight > 0 else None,
+        adversary,
+        adversary and build_optimizer(adversary.named_parameters(), _optim(config, config.discriminator_lr)),
+    )
+
+
+def _state(players: Players) -> dict[str, Any]:
+    """The players' tensors, as checkpoints hold them; loading into them loads the players."""
+    state = {
+        "model": model_state(players.model),
+        "optimizer": optimizer_state(players.model, players.optimizer),
+        "ema": players.ema._asdict(),
+    }
+    if players.adversary is not None and players.adversary_optimizer is not None:
+        state["discriminator"] = model_state(players.adversary)
+        state["discriminator_optimizer"] = optimizer_state(players.adversary, players.adversary_optimizer)
+    return state
+
+
+def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> dict[str, Tensor | float]:
+    """One step of both players on pictures `x` (n, 3, s, s) in [-1, 1]; the row of metrics."""
+    model, adversary = players.model, players.adversary
+    bypass = step < config.quantize_start
+    adversarial = adversary is not None and step >= config.discriminator_start
+    autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    with autocast():
+        z = model.features(x)
+        quantized = model.quantize(z)
+        x_hat = model.decode(z if bypass else quantized.quantized)
+        picture = picture_gradient(
+            x_hat,
+            x,
+            model.decoder.conv_out.weight,
+            players.perceptual,
+            adversary if adversarial else None,
+            perceptual_weight=config.perceptual_weight,
+            discriminator_weight=config.discriminator_weight,
         )
+    rate = learning_rate(step, config.steps, _optim(config, config.lr))
+    set_learning_rate(players.optimizer, rate)
+    players.optimizer.zero_grad(set_to_none=True)
+    weight = 0.0 if bypass else config.quantizer_weight
+    torch.autograd.backward([x_hat, weight * quantized.loss], [picture.gradient.to(x_hat.dtype), None])
+    norm = clip_(model.parameters(), config.clip_norm)
+    players.optimizer.step()
+    if config.model.ema and not bypass:
+        update_codebook(
+            model.quantize.embedding.weight,
+            players.ema,
+            z.detach().float().permute(0, 2, 3, 1).flatten(0, 2),
+            quantized.codes.flatten(),
+            decay=config.ema_decay,
+            dead_below=config.dead_below if step < config.restart_until * config.steps else 0.0,
+            generator=torch.Generator(x.device).manual_seed(config.seed * 2**32 + step),
+        )
+    judged = x.new_zeros(())
+    if adversarial:
+        set_learning_rate(
+            players.adversary_optimizer,
+            learning_rate(step, config.steps, _optim(config, config.discriminator_lr)),
+        )
+        with autocast():
+            judged = hinge_loss(adversary(x), adversary(x_hat.detach()))
+        players.adversary_optimizer.zero_grad(set_to_none=True)
+        judged.backward()
+        players.adversary_optimizer.step()
+    return {
+        "l1": picture.l1,
+        "perceptual": picture.perceptual,
+        "quantizer": quantized.loss.detach(),
+        "adversarial": picture.adversarial,
+        "adaptive": picture.adaptive,
+        "discriminator": judged.detach(),
+        "grad_norm": norm,
+        "usage": quantized.usage,
+        "perplexity": quantized.perplexity,
+        "lr": rate,
+    }
 
 
 class _Order:
@@ -380,16 +399,12 @@ def _source_ranges(train: dict[str, tuple[np.ndarray, int]]) -> Iterator[tuple[n
 def _stamp(path: Path) -> list[str]:
     """What cached pictures of a folder or tar depend on: names, sizes and times of the files."""
     if not path.exists():
-        raise ValueError(
-            f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths"
-        )
+        raise ValueError(f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths")
     files = sorted(path.rglob("*")) if path.is_dir() else [path.resolve()]
     return [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
 
 
-def _cached(
-    config: TrainVqConfig, name: str, stamp: list[str], pictures: Iterable[tuple[str, bytes]]
-) -> np.ndarray:
+def _cached(config: TrainVqConfig, name: str, stamp: list[str], pictures: Iterable[tuple[str, bytes]]) -> np.ndarray:
     """Preprocessed pictures uint8 (n, s, s, 3), read once and cached; unreadable ones are reported."""
     size = config.model.resolution
     key = hashlib.sha256(json.dumps(["moma-vq-1", size, config.fit, stamp]).encode()).hexdigest()[:16]
@@ -404,9 +419,7 @@ def _cached(
         if skipped:
             print(f"train_vq: {name}: {len(skipped)} pictures left out, first: {skipped[0]}", flush=True)
         if not kept:
-            raise ValueError(
-                f"got no readable picture for {name}, need at least one of {SUFFIXES}: check its path"
-            )
+            raise ValueError(f"got no readable picture for {name}, need at least one of {SUFFIXES}: check its path")
         path.parent.mkdir(parents=True, exist_ok=True)
         _atomic(path, lambda temporary: _write_array(temporary, np.stack(kept)))
     return np.load(path, allow_pickle=False)

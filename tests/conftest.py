@@ -23,9 +23,7 @@ from moma.model.transformer import ModelConfig, Transformer, build_model
 
 torch.set_num_threads(1)
 
-SMALL = dict(
-    size=64, bos=0, pad=1, eos=2, boi=21, eoi=20, image_start=4, image_stop=20, text_start=24, text_stop=56
-)
+SMALL = dict(size=64, bos=0, pad=1, eos=2, boi=21, eoi=20, image_start=4, image_stop=20, text_start=24, text_stop=56)
 VOCABULARY = Vocabulary(**SMALL, image_grid=(2, 2), hash="0" * 16)  # type: ignore[arg-type]
 THREE_MODALITIES = Vocabulary(
     **SMALL,  # type: ignore[arg-type]

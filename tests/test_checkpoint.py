@@ -68,9 +68,7 @@ def test_saving_leaves_a_running_optimizer_alone(tmp_path: Path) -> None:
 def test_optimizer_state_refuses_gradients_before_the_first_step() -> None:
     model, optimizer = make()
     model(torch.arange(11)).sum().backward()
-    with pytest.raises(
-        ValueError, match="got a fresh optimizer with gradients, need none: call it before backward"
-    ):
+    with pytest.raises(ValueError, match="got a fresh optimizer with gradients, need none: call it before backward"):
         optimizer_state(model, optimizer)
 
 
@@ -134,9 +132,7 @@ def test_loading_is_strict(tmp_path: Path, state: dict, message: str) -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(2000)}}
     folder = save(tmp_path, 0, state, {}, keep_last=1)
-    with pytest.raises(
-        ValueError, match="got a second checkpoint of step 0, need one: resume from .* or remove"
-    ):
+    with pytest.raises(ValueError, match="got a second checkpoint of step 0, need one: resume from .* or remove"):
         save(tmp_path, 0, state, {}, keep_last=1)
     with pytest.raises(ValueError, match=r"got .* without meta.json, need a checkpoint folder"):
         read_meta(tmp_path)
@@ -146,9 +142,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (shard,) = folder.glob("*.distcp")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100])
-    with pytest.raises(
-        ValueError, match=r"got 100 bytes in .*distcp, need \d+: remove .*, resume from before"
-    ):
+    with pytest.raises(ValueError, match=r"got 100 bytes in .*distcp, need \d+: remove .*, resume from before"):
         load(folder, state)
     shard.write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match=r"got a damaged .*: remove it, resume from before"):

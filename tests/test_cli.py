@@ -125,7 +125,5 @@ def test_starting_up_imports_neither_torch_nor_wandb() -> None:
         "import sys; from moma.cli import main; status = main(['--help']);"
         "assert not {'torch', 'torchtune', 'wandb', 'numpy'} & set(sys.modules); sys.exit(status)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr

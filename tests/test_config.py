@@ -160,8 +160,7 @@ def test_diff_splits_identity_from_the_rest() -> None:
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A verb `toy` with a group `model`, an empty group and an `experiment`."""
     files = {
-        "toy.yaml": "defaults: [model: tiny, _self_, optional experiment: null]\n"
-        "lr: 1e-3\nfree: ${model.dim}\n",
+        "toy.yaml": "defaults: [model: tiny, _self_, optional experiment: null]\nlr: 1e-3\nfree: ${model.dim}\n",
         "model/tiny.yaml": "dim: 8\nffn: {kind: dense}\n",
         "model/big.yaml": "dim: 16\nffn: {kind: moe, experts: {text: 4}}\n",
         "experiment/e1.yaml": "# @package _global_\ndefaults:\n  - override /model: big\nlr: 2e-3\n",

@@ -20,16 +20,12 @@ TOP = {
 
 @pytest.mark.parametrize("folder", ["conf", "tokenizers"])
 def test_data_folders_hold_no_python(folder: str) -> None:
-    assert not list((ROOT / folder).rglob("*.py")), (
-        f"{folder}/ would become a package and shadow one of that name"
-    )
+    assert not list((ROOT / folder).rglob("*.py")), f"{folder}/ would become a package and shadow one of that name"
 
 
 def test_the_tokenizers_folder_shadows_no_package() -> None:
     spec = importlib.util.find_spec("tokenizers")
-    if (
-        spec is not None and spec.origin is not None
-    ):  # without PyPI's package, our folder is an empty namespace
+    if spec is not None and spec.origin is not None:  # without PyPI's package, our folder is an empty namespace
         assert not Path(spec.origin).resolve().is_relative_to(ROOT / "tokenizers")
 
 
@@ -54,9 +50,7 @@ def test_the_version_stands_in_one_way_in_both_places() -> None:
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    pinned = {
-        line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    }
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     names = {_name(entry) for entry in wanted}
     assert names - {_name(entry) for entry in pinned} == set()
 

@@ -30,9 +30,7 @@ def test_a_resumed_run_holds_every_step_once(tmp_path: Path) -> None:
         {"step": 1, "loss": 2.5, "router/3/load_0": 7},
         {"step": 2, "loss": 2.0, "z_loss": None, "lr": None, "loss_image": None},
     ]
-    with pytest.raises(
-        ValueError, match=r"metrics.jsonl of \d+ bytes, need the 9999 of the checkpoint: restore"
-    ):
+    with pytest.raises(ValueError, match=r"metrics.jsonl of \d+ bytes, need the 9999 of the checkpoint: restore"):
         RunLog(tmp_path, LogConfig(), {}, offset=9999)
     RunLog(tmp_path, LogConfig(), {}).close()  # a fresh start
     assert lines(tmp_path) == []
@@ -66,9 +64,7 @@ def test_other_ranks_write_nothing_but_check_names(tmp_path: Path) -> None:
     log.close()
 
 
-def test_wandb_mirrors_the_file_and_goes_on_with_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_mirrors_the_file_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list = []
     run = types.SimpleNamespace(
         id="abc", log=lambda line, step: calls.append((step, line)), finish=lambda: calls.append("finish")

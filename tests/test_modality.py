@@ -30,9 +30,7 @@ def test_exact_groups_partition_the_tokens(three_modalities, make_batch):
 
 
 def test_made_up_batches_have_constant_counts(variant, make_batch):
-    counts = {
-        tuple(i.numel() for i in make_batch(variant.vocabulary, seed).groups.index) for seed in range(8)
-    }
+    counts = {tuple(i.numel() for i in make_batch(variant.vocabulary, seed).groups.index) for seed in range(8)}
     assert len(counts) == 1
 
 

@@ -51,17 +51,13 @@ def test_wsd_and_constant_closed_forms() -> None:
 def test_warmup_in_tokens() -> None:
     config = OptimConfig(lr=1.0, warmup=Duration(tokens=400))
     assert learning_rate(0, 100, config, tokens_per_step=100) == 0.25
-    with pytest.raises(
-        ValueError, match="got a duration in tokens or flops without tokens per step, need it"
-    ):
+    with pytest.raises(ValueError, match="got a duration in tokens or flops without tokens per step, need it"):
         learning_rate(0, 100, config)
 
 
 def test_overlap_is_an_error() -> None:
     config = OptimConfig(schedule="wsd", warmup=Duration(percent=90))
-    with pytest.raises(
-        ValueError, match="got a warm-up of 90 and a decay of 20 steps, need at most 100 together"
-    ):
+    with pytest.raises(ValueError, match="got a warm-up of 90 and a decay of 20 steps, need at most 100 together"):
         learning_rate(0, 100, config)
     with pytest.raises(ValueError, match="got a warm-up of 4000 and a decay of 0 steps, need at most 100"):
         learning_rate(0, 100, OptimConfig())
@@ -118,9 +114,7 @@ def test_one_adamw_step_equals_the_formula() -> None:
         expected = old
         if parameter.requires_grad:
             decay = 0.1 if name in ("embedding.weight", "experts", "linear.weight") else 0.0
-            grad = 2 * (
-                old + 0.3
-            )  # after one step both bias-corrected moments are the gradient and its square
+            grad = 2 * (old + 0.3)  # after one step both bias-corrected moments are the gradient and its square
             expected = old * (1 - 5e-3 * decay) - 5e-3 * grad / (grad.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-12)
 
@@ -141,9 +135,7 @@ def test_durations() -> None:
     assert Duration(percent=5).to_steps(total_steps=100) == 5
     assert Duration(tokens=1e3).to_steps(tokens_per_step=300) == 4
     assert Duration(flops=1e12).to_steps(tokens_per_step=1000, flops_per_token=1e7) == 100
-    with pytest.raises(
-        ValueError, match=r"got a duration with \['steps', 'tokens'\], need exactly one of steps"
-    ):
+    with pytest.raises(ValueError, match=r"got a duration with \['steps', 'tokens'\], need exactly one of steps"):
         Duration(steps=1, tokens=1)
     with pytest.raises(ValueError, match="got a duration with no unit, need exactly one"):
         Duration()

@@ -98,9 +98,7 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _config(
-    asset: Path, name: str = "c", workers: int = 1, source: Any = None, **options: Any
-) -> PrepareConfig:
+def _config(asset: Path, name: str = "c", workers: int = 1, source: Any = None, **options: Any) -> PrepareConfig:
     return PrepareConfig(
         name=name,
         corpora=str(asset.parent / "corpora"),
@@ -114,11 +112,7 @@ def _config(
 
 
 def _files(corpus: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(corpus)): path.read_bytes()
-        for path in sorted(corpus.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(corpus)): path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()}
 
 
 def _no_pictures(asset: Path) -> None:
@@ -135,9 +129,7 @@ def test_prepare(asset: Path) -> None:
     assert val["documents"] >= 1 and len(train["shards"]) > 2 and train["kind"] == "pair"
     assert manifest["skipped"] == {} and manifest["token_dtype"] == "uint16"
     assert "Made up, by us" in (corpus / "ATTRIBUTION").read_text()
-    assert not (corpus / ".progress").exists() and verify_corpus(corpus) == len(train["shards"]) + len(
-        val["shards"]
-    )
+    assert not (corpus / ".progress").exists() and verify_corpus(corpus) == len(train["shards"]) + len(val["shards"])
     vocab = load_vocabulary(asset)
     text = TextTokenizer.load(asset, vocab)
     seen = []
@@ -167,9 +159,7 @@ def test_number_of_workers_changes_nothing(asset: Path) -> None:
     for name, workers in (("a", 1), ("b", 2)):
         prepare(_config(asset, name, workers, MadeUpConfig(pictures=False)))
     a, b = (_files(asset.parent / "corpora" / name) for name in ("a", "b"))
-    assert len(a) > 4 and {k: v for k, v in a.items() if "bin" in k} == {
-        k: v for k, v in b.items() if "bin" in k
-    }
+    assert len(a) > 4 and {k: v for k, v in a.items() if "bin" in k} == {k: v for k, v in b.items() if "bin" in k}
 
 
 def test_continues_after_a_stop(asset: Path) -> None:
@@ -183,13 +173,14 @@ def test_continues_after_a_stop(asset: Path) -> None:
     assert not (corpus / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in corpus.rglob("*.bin")}
     assert kept
+    (corpus / "train" / "made" / ".shard-00009.tokens.bin.1.tmp").write_text("half")  # as a killed worker leaves
     before = StubTokenizer.encoded - encoded
     STOP_AT[0] = -1
     manifest = prepare(config)
     assert StubTokenizer.encoded - encoded == 40 and before > 0  # each picture once, over both runs
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert manifest | {"name": ""} == whole | {"name": ""}
-    assert verify_corpus(corpus)
+    assert verify_corpus(corpus) and not list(corpus.rglob("*.tmp"))
 
 
 def test_finished_corpus_is_reopened(asset: Path) -> None:
@@ -200,9 +191,7 @@ def test_finished_corpus_is_reopened(asset: Path) -> None:
 
 def test_other_config_is_refused(asset: Path) -> None:
     prepare(_config(asset))
-    with pytest.raises(
-        ValueError, match=r"another config.*shard_tokens of made was 100, now 50\).*overwrite=true"
-    ):
+    with pytest.raises(ValueError, match=r"another config.*shard_tokens of made was 100, now 50\).*overwrite=true"):
         prepare(replace(_config(asset), shard_tokens=50))
     with pytest.raises(ValueError, match=r"\(options of made was .*'n': 40.* now .*'n': 7"):
         prepare(_config(asset, source=MadeUpConfig(n=7)))
@@ -233,9 +222,7 @@ def test_broken_picture_is_skipped_with_its_place(asset: Path) -> None:
 
 
 def test_broken_picture_stops(asset: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"got a broken picture in document made/7 .*made/7\.png.* on_error=skip"
-    ):
+    with pytest.raises(ValueError, match=r"got a broken picture in document made/7 .*made/7\.png.* on_error=skip"):
         prepare(_config(asset, source=MadeUpConfig(broken=7), on_error="stop"))
 
 
@@ -248,26 +235,28 @@ def test_empty_document_is_skipped(asset: Path) -> None:
 
 def test_pictures_need_an_image_tokenizer(asset: Path) -> None:
     _no_pictures(asset)
-    with pytest.raises(
-        ValueError, match=r"got pictures in source 'made' but no image tokenizer, need vqgan\.json"
-    ):
+    with pytest.raises(ValueError, match=r"got pictures in source 'made' but no image tokenizer, need vqgan\.json"):
         prepare(_config(asset))
 
 
 def test_halves_of_another_size(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StubTokenizer, "n_codes", 8)
-    with pytest.raises(
-        ValueError, match=r"got an image tokenizer of 8 codes on a grid of \(2, 2\), need 16 on"
-    ):
+    with pytest.raises(ValueError, match=r"got an image tokenizer of 8 codes on a grid of \(2, 2\), need 16 on"):
         load_encoders(asset, load_vocabulary(asset), "cpu")
 
 
 def test_killed_worker(asset: Path) -> None:
     _no_pictures(asset)
-    with pytest.raises(
-        ValueError, match=r"got a worker process that was killed .*start the same command again"
-    ):
+    with pytest.raises(ValueError, match=r"got a worker process that was killed .*start the same command again"):
         prepare(_config(asset, workers=2, source=MadeUpConfig(killed=0)))
+
+
+def test_two_at_once(asset: Path) -> None:
+    config = _config(asset)
+    with moma.prepare._alone(Path(config.corpora) / "c"):
+        with pytest.raises(ValueError, match="that another process is preparing, need it for this one alone: wait"):
+            prepare(config)
+    assert prepare(config)["splits"]
 
 
 def test_bad_configs(asset: Path) -> None:

@@ -91,9 +91,7 @@ def test_a_signal_finishes_the_step_and_saves(made, tmp_path, capsys):
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_differences(made, tmp_path):
     main(command(made, tmp_path / "run"))
-    with pytest.raises(
-        ValueError, match=r"got a configuration that is not the one of .*optim.lr: 0.01 -> 0.02"
-    ):
+    with pytest.raises(ValueError, match=r"got a configuration that is not the one of .*optim.lr: 0.01 -> 0.02"):
         main(command(made, tmp_path / "run", "optim.lr=2e-2"))
     with pytest.raises(ValueError, match=r"feed_forward.kind: sparse -> dense"):
         main(command(made, tmp_path / "run", "feed_forward=dense"))
@@ -114,9 +112,7 @@ def test_aux_routers_train_on_frozen_parameters(made, tmp_path):
 @pytest.mark.parametrize("feed_forward", ["dense", "moe_1t1i"])
 def test_models_without_routers_have_no_second_stage(made, tmp_path, feed_forward):
     main(command(made, tmp_path / "base", f"feed_forward={feed_forward}"))
-    with pytest.raises(
-        ValueError, match="got a model without learned routers, need one for objective=aux_routers"
-    ):
+    with pytest.raises(ValueError, match="got a model without learned routers, need one for objective=aux_routers"):
         main(
             command(made, tmp_path / "aux", f"feed_forward={feed_forward}", "objective=aux_routers",
                     f"init_from={tmp_path / 'base'}")

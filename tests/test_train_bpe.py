@@ -51,9 +51,7 @@ def _config(folder: Path, **options: Any) -> TrainBpeConfig:
 def test_train_bpe(tmp_path: Path) -> None:
     summary = train_bpe(_config(tmp_path / "a"))
     vocab = load_vocabulary(tmp_path / "a")
-    assert (
-        summary["text_size"] == 320 and summary["vocab_size"] == vocab.size and summary["hash"] == vocab.hash
-    )
+    assert summary["text_size"] == 320 and summary["vocab_size"] == vocab.size and summary["hash"] == vocab.hash
     assert summary["bytes_per_token"]["words"] > 1.5 and summary["val_bytes_per_token"]["words"] > 1
     assert "Words, by us" in (tmp_path / "a" / "ATTRIBUTION").read_text()
     ranks = read_ranks(tmp_path / "a" / RANKS_FILE)
@@ -102,8 +100,7 @@ def test_byte_alphabet_is_the_trainers() -> None:
 def test_weights(tmp_path: Path) -> None:
     sources = {"words": WordsConfig(), "more": WordsConfig(n=50)}
     summaries = [
-        train_bpe(_config(tmp_path / str(weight), sources=sources, weights={"more": weight}))
-        for weight in (0, 20)
+        train_bpe(_config(tmp_path / str(weight), sources=sources, weights={"more": weight})) for weight in (0, 20)
     ]
     assert summaries[0]["hash"] != summaries[1]["hash"] and "more" in summaries[0]["bytes_per_token"]
 
@@ -121,9 +118,7 @@ def test_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             train_bpe(replace(_config(tmp_path / "a"), **changes))
-    with pytest.raises(
-        ValueError, match=r"got text for \d+ tokens, need text_size=100000: add sources, or lower"
-    ):
+    with pytest.raises(ValueError, match=r"got text for \d+ tokens, need text_size=100000: add sources, or lower"):
         train_bpe(_config(tmp_path / "b", text_size=100000))
     assert train_bpe(_config(tmp_path / "a", overwrite=True))["text_size"] == 320
 

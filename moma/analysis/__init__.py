@@ -1,1 +1,3 @@
-"""Read finished run folders: curves, speed-up (eta), routing maps, figures and the report; files only, no torch."""
+"""Read finished run folders: curves, speed-up (eta), routing maps, figures and the report; files only, no
+torch.
+"""

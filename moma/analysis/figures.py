@@ -1,8 +1,8 @@
 """Figures at README width: loss curves, expert shares, where image experts look, routers, generated pictures.
 
 One colour per model throughout (dense grey, the sparse models strong), one per modality in the routing maps;
-colour-blind-safe, on solid white, so that they also read on a dark page. Files are a function of the data: the
-font comes with matplotlib, and no date or version is written into them. Nothing here computes a result.
+colour-blind-safe, on solid white, so that they also read on a dark page. Files are a function of the data:
+the font comes with matplotlib, and no date or version is written into them. Nothing here computes a result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from moma.analysis import routing_maps
 from moma.analysis.runs import Run
-from moma.analysis.speedup import LOSSES, SMOOTHING, curve, smooth
+from moma.analysis.speedup import LOSSES, SMOOTHING, causal_losses, curve, smooth
 
 WIDTH = 9.0  # inches; 900 px at the density of a README, twice that in the file
 INK, MUTED, FAINT = "#1f2328", "#656d76", "#d8dee4"
@@ -28,7 +29,7 @@ DENSE = "#7d8590"
 SPARSE = ("#d55e00", "#332288", "#aa4499", "#117733", "#0072b2")  # MoMa's own first
 MODALITY = {"text": "#0072b2", "image": "#00806a"}
 OTHER_MODALITY = "#7a5195"
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": INK,
@@ -41,7 +42,6 @@ STYLE = {
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=[INK]),
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelsize": 8,
@@ -91,12 +91,12 @@ def save(figure: Figure, path: Path, palette: bool = True) -> None:
 
     `palette`: 256 colours, a third of the size and no visible difference in drawings; not for photographs.
     """
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(200)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=200, metadata={"Software": None})
-    with Image.open(path) as drawn:
-        drawn = drawn.convert("RGB")
+        canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    path.parent.mkdir(parents=True, exist_ok=True)
     (drawn.quantize(256, dither=Image.Dither.NONE) if palette else drawn).save(path, optimize=True)
 
 
@@ -128,25 +128,23 @@ def _loss_panel(
     ax: Axes, runs: Sequence[Run], name: str, metric: str, window: float, size: float, palette: dict[str, str]
 ) -> None:
     ends: dict[str, float] = {}
+    width = 1.3 if len(palette) == len(runs) else 0.8  # several seeds: thinner
     seen: list[float] = []
     for run in runs:
         colour, raw = palette[run.variant], curve(run, metric)
         if len(raw.flops):
             line = smooth(raw, window)
-            ax.plot(
-                line.flops / size, line.loss, color=colour, linewidth=1.3, zorder=3, solid_capstyle="round"
-            )
+            ax.plot(line.flops / size, line.loss, color=colour, linewidth=width, zorder=3, solid_capstyle="round")
             seen += line.loss[line.flops > 0.06 * line.flops[-1]].tolist()
             ends.setdefault(run.variant, float(line.loss[-1]))
         held = curve(run, f"val_{metric}")
         style: dict[str, Any] = {"color": colour, "linestyle": "none", "zorder": 4, "clip_on": True}
         ax.plot(held.flops / size, held.loss, marker="o", markersize=4, markerfacecolor="white", **style)
-        for mode, losses in causal_losses(run).items():
+        for losses in causal_losses(run).values():
             if metric in losses:
                 at = run.metrics["flops"][-1] / size
                 ax.plot([at], [losses[metric]], marker="D", markersize=5.5, markeredgecolor="white", **style)
                 seen.append(losses[metric])
-                assert mode != "train"
     top, bottom = (max(seen), min(seen)) if seen else (1.0, 0.0)
     baselines = next((run.eval["baselines"] for run in runs if run.eval and "baselines" in run.eval), {})
     shown = {text: baselines[key] for key, text in _BASELINES.get(name, {}).items() if key in baselines}
@@ -193,11 +191,6 @@ def _loss_key(figure: Figure, sparse: bool) -> None:
     )  # fmt: skip
 
 
-def causal_losses(run: Run) -> dict[str, dict[str, float]]:
-    """Held-out losses of the modes that see the past only, by mode."""
-    return {mode: loss for mode, loss in (run.eval or {}).get("loss", {}).items() if mode != "train"}
-
-
 def expert_shares(maps: dict[str, Any]) -> Figure:
     """Share of a modality's tokens per layer and expert, a panel per routing mode."""
     modes = routing_maps.modes(maps)
@@ -211,9 +204,7 @@ def expert_shares(maps: dict[str, Any]) -> Figure:
         for ax, mode, table in zip(panels, modes, tables, strict=True):
             _share_panel(ax, table, narrow=columns * len(modes) > 20)
             ax.set_title(_mode_title(mode), pad=31)
-            ax.set_yticks(
-                range(layers), [f"layer {layer}" for layer in range(layers)] if ax is panels[0] else []
-            )
+            ax.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)] if ax is panels[0] else [])
         figure.text(
             0.065,
             0.1 / height,
@@ -239,9 +230,7 @@ def _share_panel(ax: Axes, table: routing_maps.Shares, narrow: bool) -> None:
             value = table.share[layer, column]
             level = min(1.0, float(value / table.fair[column] / 2))
             ax.add_patch(
-                matplotlib.patches.Rectangle(
-                    (left - 0.5, layer - 0.5), 1, 1, facecolor=scale(level), edgecolor="white", linewidth=1.5
-                )
+                Rectangle((left - 0.5, layer - 0.5), 1, 1, facecolor=scale(level), edgecolor="white", linewidth=1.5)
             )
             ax.text(
                 left, layer, f"{100 * value:.0f}", ha="center", va="center",
@@ -280,8 +269,7 @@ def expert_places(maps: dict[str, Any]) -> Figure | None:
         tall = block * layers / len(experts)
         height = tall + 1.2
         figure = Figure(figsize=(WIDTH, height))
-        scale = ramp(MODALITY["image"])
-        scale.set_bad("white")
+        scale = ramp(MODALITY["image"]).with_extremes(bad="white")
         most = max(0.01, max(float(table.max()) for table in tables))
         for number, (mode, table) in enumerate(zip(modes, tables, strict=True)):
             x = left + number * (block + between)
@@ -295,7 +283,8 @@ def expert_places(maps: dict[str, Any]) -> Figure | None:
             grid_h, grid_w = table.shape[2:]
             centres_x = [e * (grid_w + 1) + (grid_w - 1) / 2 for e in range(len(experts))]
             centres_y = [i * (grid_h + 1) + (grid_h - 1) / 2 for i in range(layers)]
-            ax.set_xticks(centres_x, [maps["experts"][e] for e in experts])
+            names = [maps["experts"][e] for e in experts]
+            ax.set_xticks(centres_x, names if len(names) < 6 else [name.split()[-1] for name in names])
             ax.xaxis.tick_top()
             ax.set_yticks(centres_y, [f"layer {i}" for i in range(layers)] if number == 0 else [])
             for y, value in zip(centres_y, routing_maps.reliance(table), strict=True):
@@ -311,9 +300,7 @@ def expert_places(maps: dict[str, Any]) -> Figure | None:
         return figure
 
 
-def _place_key(
-    figure: Figure, scale: LinearSegmentedColormap, most: float, left: float, height: float
-) -> None:
+def _place_key(figure: Figure, scale: Colormap, most: float, left: float, height: float) -> None:
     bar = figure.add_axes((left / WIDTH, 0.33 / height, 1.6 / WIDTH, 0.1 / height))
     bar.imshow(np.linspace(0, 1, 256)[None], cmap=scale, aspect="auto", extent=(0, 100 * most, 0, 1))
     bar.set_yticks([])
@@ -323,7 +310,8 @@ def _place_key(
         spine.set_visible(False)
     figure.text(
         (left + 1.85) / WIDTH, 0.335 / height,
-        "of the pictures: the expert takes this place.   by place: 0 % every place alike, 100 % the place decides.",
+        "of the pictures: the expert takes this place.   by place: 0 % every place alike, 100 % the "
+        "place decides.",
         fontsize=8, color=MUTED,
     )  # fmt: skip
 
@@ -341,9 +329,7 @@ def routers(routing: dict[str, list[dict[str, float]]], colour: str) -> Figure:
                 entries = routing.get(states, [])
                 x = np.arange(len(entries))
                 key = {"Accuracy": "accuracy", "AUC": "auc"}.get(title, "experts_predicted")
-                ax.plot(
-                    x, [_number(e, key) for e in entries], color=colour, linewidth=1.3, markersize=5, **look
-                )
+                ax.plot(x, [_number(e, key) for e in entries], color=colour, linewidth=1.3, markersize=5, **look)
             _router_reference(ax, title, routing)
             layers = max((len(entries) for entries in routing.values()), default=0)
             ax.set_title(title, pad=7)
@@ -415,8 +401,6 @@ def pictures(entries: Sequence[Picture], palette: Mapping[str, str], per_row: in
         height = rows * pitch + 0.32
         figure = Figure(figsize=(WIDTH, height))
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.set_xlim(0, WIDTH)
-        ax.set_ylim(height, 0)
         ax.axis("off")
         for number, entry in enumerate(entries):
             x = edge + (number % per_row) * (block + 0.3)
@@ -433,21 +417,18 @@ def pictures(entries: Sequence[Picture], palette: Mapping[str, str], per_row: in
                     _picture(ax, image, x, y + label, side)
                     x += side + gap
                 x += ((most if column else 1) - len(images)) * (side + gap) + 0.18
+        ax.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="auto")  # after imshow, which sets its own
         return figure
 
 
 def _picture(ax: Axes, image: Image.Image, x: float, y: float, side: float) -> None:
     ax.imshow(np.asarray(image), extent=(x, x + side, y + side, y), interpolation="bilinear", zorder=2)
-    ax.add_patch(
-        matplotlib.patches.Rectangle((x, y), side, side, fill=False, edgecolor=FAINT, linewidth=0.8, zorder=3)
-    )
-    ax.set_xlim(0, WIDTH)
-    ax.set_ylim(ax.figure.get_figheight(), 0)
+    ax.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=FAINT, linewidth=0.8, zorder=3))
 
 
 def ramp(colour: str) -> LinearSegmentedColormap:
     """Near-white to `colour` to its dark shade, lightness falling evenly."""
-    strong = np.array(matplotlib.colors.to_rgb(colour))
+    strong = np.array(to_rgb(colour))
     stops = [(0.0, 0.94 + 0.05 * strong), (0.62, strong), (1.0, 0.42 * strong)]
     return LinearSegmentedColormap.from_list(colour, [(at, tuple(np.clip(rgb, 0, 1))) for at, rgb in stops])
 

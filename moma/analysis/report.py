@@ -3,10 +3,10 @@
     verdict (held-out, causal)   eta   curves   pictures, captions   routing maps   routers   cost   commands
 
 The page needs no network and no script, and prints. Every number names its routing mode: `causal` (a model
-without routers), `aux` (auxiliary routers, causal), `train` (expert choice over the micro-batch: sees the future).
-Quality is claimed with at least three paired seeds and an interval that excludes zero; else the page says so.
-Whatever comes out of data (prompts, captions, tokens, paths) is escaped. Refuses generated files outside their
-folder and a page of more than 5 MB.
+without routers), `aux` (auxiliary routers, causal), `train` (expert choice over the micro-batch: sees the
+future). Quality is claimed with at least three paired seeds and an interval that excludes zero; else the page
+says so. Whatever comes out of data (prompts, captions, tokens, paths) is escaped. Refuses generated files
+outside their folder and a page of more than 5 MB.
 """
 
 import base64
@@ -25,35 +25,36 @@ import PIL
 from PIL import Image
 
 from moma import __version__
-from moma.analysis import figures, routing_maps
+from moma.analysis import figures
 from moma.analysis.runs import Run
 from moma.analysis.speedup import (
-    LOSSES,
+    HELD_OUT,
     SEEDS_FOR_A_CLAIM,
     SMOOTHING,
-    Eta,
     Interval,
+    Row,
+    Speedup,
     curve,
-    eta,
-    interval,
+    held_out,
     paired,
+    sparse_variants,
+    speedups,
+    variants,
 )
 
 MOST_BYTES = 5_000_000
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHARACTERS = 24, 4, 280
 TOP_TOKENS = 6
-HELD_OUT = {
-    "all targets": "loss",
-    "text": "loss_text",
-    "text without structural tokens": "loss_text_plain",
-    "image": "loss_image",
-}
-_BASELINE_OF = {"loss_text": "text_bigram", "loss_image": "image_position_unigram"}
 _MODES = {
     "causal": "causal: no routers",
     "aux": "aux: causal, auxiliary routers",
     "threshold": "threshold: causal, cut-offs",
     "train": "train: expert choice, sees the future",
+}
+_KINDS_OF_PICTURES = {
+    "generated": "generated, causal",
+    "reconstruction": "real, through the image tokenizer",
+    "unigram": "codes drawn per position",
 }
 
 
@@ -71,43 +72,6 @@ class Generations:
     entries: tuple[dict[str, Any], ...]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One held-out loss, dense against a sparse variant in one causal mode; means over paired seeds, in nats."""
-
-    variant: str
-    mode: str
-    what: str
-    dense: float
-    sparse: float
-    difference: Interval  # sparse minus dense
-    baseline: float | None
-
-    @property
-    def lower(self) -> str:
-        """The model with the lower mean: an observation, no claim."""
-        return self.variant if self.difference.mean < 0 else "dense"
-
-    @property
-    def verdict(self) -> str:
-        """The claim that the seeds allow."""
-        n = self.difference.n
-        if n < SEEDS_FOR_A_CLAIM:
-            return "one seed: no verdict" if n == 1 else f"{n} seeds: no verdict"
-        return f"{self.lower} is better" if self.difference.excludes(0.0) else "no difference shown"
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """eta of one variant on one training loss: per paired seed, with an interval where all seeds reach it."""
-
-    variant: str
-    what: str
-    per_seed: tuple[Eta, ...]
-    interval: Interval | None
-    gap: Interval  # sparse minus dense, nats, at equal training FLOPs
-
-
 def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
     """The generations.json in `folder`, labelled with the variant of its run; raises ValueError."""
     path = folder / "generations.json"
@@ -116,8 +80,8 @@ def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
     try:
         record = json.loads(path.read_text())
         entries = tuple(record["entries"])
-        for entry in entries:
-            entry["prompt"], entry["kind"]
+        if not all({"prompt", "kind"} <= set(entry) for entry in entries):
+            raise KeyError("prompt or kind")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"got a damaged {path} ({type(error).__name__}: {error}), need entries with prompt and kind: "
@@ -130,42 +94,6 @@ def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
     )
 
 
-def held_out(runs: Sequence[Run]) -> list[Row]:
-    """Held-out losses of every sparse variant against dense, per causal mode and modality, paired by seed."""
-    rows = []
-    for variant in _sparse(runs):
-        pairs = [(d, s) for d, s in paired(runs, variant) if d.eval and s.eval]
-        for mode in dict.fromkeys(mode for _, s in pairs for mode in figures.causal_losses(s)):
-            for what, key in HELD_OUT.items():
-                values = [
-                    (d.eval["loss"]["causal"][key], s.eval["loss"][mode][key])  # type: ignore[index]
-                    for d, s in pairs
-                    if _has(d, "causal", key) and _has(s, mode, key)
-                ]
-                if not values:
-                    continue
-                dense, sparse = np.array(values).T
-                found = pairs[0][0].eval.get("baselines", {}).get(_BASELINE_OF.get(key, ""))  # type: ignore[union-attr]
-                difference = interval(sparse - dense)
-                rows.append(Row(variant, mode, what, dense.mean(), sparse.mean(), difference, found))
-    return rows
-
-
-def speedups(runs: Sequence[Run]) -> list[Speedup]:
-    """eta and the loss gap of every sparse variant, overall, text and image, over paired seeds."""
-    found = []
-    for variant in _sparse(runs):
-        for what, metric in LOSSES.items():
-            pairs = [(curve(d, metric), curve(s, metric)) for d, s in paired(runs, variant)]
-            etas = tuple(eta(d, s) for d, s in pairs if len(d.flops) and len(s.flops))
-            if not etas:
-                continue
-            values = [one.value for one in etas if one.value is not None]
-            over = interval(values, ratio=True) if len(values) == len(etas) else None
-            found.append(Speedup(variant, what, etas, over, interval([one.gap for one in etas])))
-    return found
-
-
 def write_report(
     runs: Sequence[Run],
     generations: Sequence[Generations],
@@ -174,8 +102,8 @@ def write_report(
 ) -> Path:
     """Write out/report.html, out/summary.json and out/figures/*.png; returns the page's path.
 
-    `quickstart`: {"budget": [{"stage", "cpu_s", "wall_s", "command"}], "machine": {...}}. Raises ValueError for
-    no runs, and for a page of more than 5 MB.
+    `quickstart`: what `moma quickstart` records, {"stages": {name: {"cpu_s", "wall_s", "command"}},
+    "machine": {}}. Raises ValueError for no runs, and for a page of more than 5 MB.
     """
     if not runs:
         raise ValueError("got no runs, need at least one: add run folders to runs=[...]")
@@ -222,12 +150,12 @@ def summary_lines(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-# ---- figures ------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------------
 
 
 def _draw(runs: Sequence[Run], generations: Sequence[Generations], folder: Path) -> dict[str, Path]:
     """Every figure that the data allow, by name."""
-    palette = figures.colours(_variants(runs))
+    palette = figures.colours(variants(runs))
     drawn = {"loss": figures.loss_curves(runs)}
     for run in _first_of_each(runs):
         found = run.eval or {}
@@ -277,9 +205,7 @@ def _open(folder: Path, name: str) -> Image.Image:
     """A PNG of a generations folder as RGB, at most 256 pixels wide; raises ValueError."""
     path = (folder / str(name)).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"got the file {name} of {folder}, need one inside that folder: run moma generate again"
-        )
+        raise ValueError(f"got the file {name} of {folder}, need one inside that folder: run moma generate again")
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.thumbnail((256, 256))
@@ -288,7 +214,7 @@ def _open(folder: Path, name: str) -> Image.Image:
         raise ValueError(f"got an unreadable {path} ({error}), need a PNG: run moma generate again") from None
 
 
-# ---- sections -----------------------------------------------------------------------------------------------------
+# ---- sections ------------------------------------------------------------------------------------------
 
 
 def _header(runs: Sequence[Run]) -> str:
@@ -309,8 +235,8 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     if not rows:
         return _section(
             "Verdict",
-            "<p class=banner>No verdict: it needs a dense and a sparse run of the same seeds, both evaluated, the "
-            "sparse one with trained auxiliary routers.</p>",
+            "<p class=banner>No verdict: it needs a dense and a sparse run of the same seeds, both "
+            "evaluated, the sparse one with trained auxiliary routers.</p>",
         )
     least = min(row.difference.n for row in rows)
     if least == 1:
@@ -330,7 +256,7 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
                 _mark(_value(row.dense), row.lower == "dense"),
                 _mark(_value(row.sparse), row.lower == variant),
                 _interval(row.difference),
-                f"{row.lower}",
+                row.lower,
                 row.verdict,
             ]
             for row in own
@@ -338,10 +264,10 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         columns = [*head, f"{variant} ({mode})", "difference", "lower", "verdict"]
         parts.append(_table(columns, body, numbers=(1, 2, 3, 4)))
     parts.append(
-        "<p class=note>Cross-entropy in nats per target token on held-out documents, lower is better, means over "
-        "seeds; difference = sparse − dense. Both columns are causal: dense has no routers, the sparse model routes "
-        "by its auxiliary routers (aux). Baseline: bigram for text, per-position unigram for image codes, fitted on "
-        "the training split.</p>"
+        "<p class=note>Cross-entropy in nats per target token on held-out documents, lower is better, "
+        "means over seeds; difference = sparse − dense. Both columns are causal: dense has no routers, "
+        "the sparse model routes by its auxiliary routers (aux). Baseline: bigram for text, per-position "
+        "unigram for image codes, fitted on the training split.</p>"
     )
     parts += [f"<p class=warn>{html.escape(note)}</p>" for note in _unfair(runs)]
     return _section("Verdict", "".join(parts))
@@ -361,26 +287,29 @@ def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
         for s in etas
     ]
     head = ["model", "training loss", "η", "dense's final loss", "gap at equal FLOPs"]
+    lines = SMOOTHING * min(len(curve(run, "loss").flops) for run in runs if run.is_dense)
     note = (
-        "η = training FLOPs of dense to its final loss, over those of the sparse model to first reach it (paper, "
-        f"section 3.1); both losses smoothed by a trailing mean over {SMOOTHING:.0%} of dense's FLOPs. Training "
-        "losses, routed as in training: those of the sparse model see the future (train). Its learning rate has not "
-        "decayed where the lines cross, so η errs towards 1. The FLOPs of the auxiliary routers, trained "
-        "afterwards, are not in it. Gap: sparse − dense in nats."
+        "η = training FLOPs of dense to its final loss, over those of the sparse model to first reach it "
+        f"(paper, section 3.1); both losses smoothed by a trailing mean over {SMOOTHING:.0%} of dense's "
+        "FLOPs. Training losses, routed as in training: those of the sparse model see the future "
+        "(train). Its learning rate has not decayed where the lines cross, so η is rather too low. The "
+        "FLOPs of the auxiliary routers, trained afterwards, are not in it. Gap: sparse − dense in nats."
     )
+    note += f" A window holds {max(lines, 1):.0f} logged lines."
+    if lines < 3:
+        note += " So few leave noise in the curves, and the first crossing of a noisy curve comes early."
     several = max(len(s.per_seed) for s in etas) > 1
     note += " Intervals: 95 % t interval over paired seeds, of the logarithm for η." if several else ""
-    return _section(
-        "Speed-up at equal loss", _table(head, body, numbers=(2, 3, 4)) + f"<p class=note>{note}</p>"
-    )
+    return _section("Speed-up at equal loss", _table(head, body, numbers=(2, 3, 4)) + f"<p class=note>{note}</p>")
 
 
 def _loss_caption(runs: Sequence[Run]) -> str:
     seeds = _count(len({run.seed for run in runs}), "seed")
     return (
-        f"Lines: training loss (trailing mean over {SMOOTHING:.0%} of dense's FLOPs), {seeds}. Circles: held-out "
-        "during training; sparse models route as in training (train: sees the future). Diamonds: held-out at the "
-        "end, causal (dense: no routers; sparse: aux). Dotted: n-gram baselines on the same held-out targets."
+        f"Lines: training loss (trailing mean over {SMOOTHING:.0%} of dense's FLOPs), {seeds}. Circles: "
+        "held-out during training; sparse models route as in training (train: sees the future). "
+        "Diamonds: held-out at the end, causal (dense: no routers; sparse: aux). Dotted: n-gram "
+        "baselines on the same held-out targets."
     )
 
 
@@ -402,13 +331,11 @@ def _losses(runs: Sequence[Run]) -> str:
         cells[3 if name.startswith("image") else 1] = _value(value)
         body.append([f"baseline: {name.replace('_', ' ')}", "", "no model", *cells, ""])
     head = ["model", "seed", "routing mode", "all", "text", "text, plain", "image", "targets"]
-    batches = next(
-        (run.eval["micro_batches"] for run in runs if run.eval and "micro_batches" in run.eval), None
-    )
+    batches = next((run.eval["micro_batches"] for run in runs if run.eval and "micro_batches" in run.eval), None)
     note = (
-        f"Nats per target token{f' over {batches} held-out micro-batches' if batches else ''}. Text, plain: without "
-        "structural tokens (begin and end of image, end of document). A number in mode train cannot be reached "
-        "when generating."
+        f"Nats per target token{f' over {batches} held-out micro-batches' if batches else ''}. Text, "
+        "plain: without structural tokens (begin and end of image, end of document). A number in mode "
+        "train cannot be reached when generating."
     )
     return _section(
         "Held-out losses by routing mode", _table(head, body, (3, 4, 5, 6, 7)) + f"<p class=note>{note}</p>"
@@ -420,16 +347,12 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
     body = []
     for run in _first_of_each(runs):
         found = (run.eval or {}).get("pictures")
-        for kind in ("generated", "reconstruction", "unigram"):
-            if found and kind in found:
-                body.append(
-                    [
-                        run.variant,
-                        kind,
-                        f"{found[kind]['kid']:.4f} ± {found[kind]['se']:.4f}",
-                        str(found.get("n", "")),
-                    ]
-                )
+        for kind, name in _KINDS_OF_PICTURES.items():
+            # What no model made is the same for all: it stands once.
+            if found and kind in found and (kind == "generated" or not any(row[1] == name for row in body)):
+                model = run.variant if kind == "generated" else "no model"
+                kid = f"{found[kind]['kid']:.4f} ± {found[kind]['se']:.4f}"
+                body.append([model, name, kid, str(found.get("n", ""))])
     if body:
         network = next(
             (str(r.eval["pictures"].get("network", "?")) for r in runs if r.eval and "pictures" in r.eval),
@@ -437,17 +360,14 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
         )
         parts.append(_table(["model", "pictures", "KID (± standard error)", "n"], body, numbers=(2, 3)))
         parts.append(
-            f"<p class=note>Kernel inception distance to held-out pictures on {html.escape(network)} features, lower "
-            "is better. reconstruction: the held-out pictures through the image tokenizer, the floor; unigram: codes "
-            "drawn per position, no model. Generation is causal (aux for models with routers).</p>"
+            f"<p class=note>Kernel inception distance to held-out pictures on {html.escape(network)} "
+            "features, lower is better. Through the image tokenizer is what a perfect model could reach; "
+            "codes drawn per position is what no model reaches. Generation is causal (aux for models "
+            "with routers).</p>"
         )
     if "pictures" in drawn:
-        total = len(
-            {entry["prompt"] for one in generations for entry in one.entries if entry["kind"] == "picture"}
-        )
-        which = (
-            f"First {MOST_PROMPTS} of {total} held-out names" if total > MOST_PROMPTS else "Held-out names"
-        )
+        total = len({entry["prompt"] for one in generations for entry in one.entries if entry["kind"] == "picture"})
+        which = f"First {MOST_PROMPTS} of {total} held-out names" if total > MOST_PROMPTS else "Held-out names"
         modes = ", ".join(f"{one.label}: {one.mode}" for one in generations)
         parts.append(
             _img(drawn["pictures"], "real and generated pictures per name")
@@ -479,15 +399,9 @@ def _captions(generations: Sequence[Generations]) -> str:
         ]
         for prompt, texts in list(by_prompt.items())[:MOST_PROMPTS]
     ]
-    note = (
-        f"First {MOST_PROMPTS} of {len(by_prompt)} held-out pictures."
-        if len(by_prompt) > MOST_PROMPTS
-        else ""
-    )
+    note = f"First {MOST_PROMPTS} of {len(by_prompt)} held-out pictures." if len(by_prompt) > MOST_PROMPTS else ""
     head = ["picture", "true name", *(f"{label} ({modes[label]})" for label in labels)]
-    return _section(
-        "Names from pictures", f"<div class=captions>{_table(head, body)}</div><p class=note>{note}</p>"
-    )
+    return _section("Names from pictures", f"<div class=captions>{_table(head, body)}</div><p class=note>{note}</p>")
 
 
 def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
@@ -508,7 +422,7 @@ def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
                 + "<figcaption>Expert choice fixes every expert's load by construction (train); under the auxiliary "
                 "routers it is free (aux).</figcaption>"
             )
-            parts.append(_top_tokens(found["maps"]))
+            parts.append(_top_tokens(run.variant, found["maps"]))
         if f"routers-{run.variant}" in drawn:
             parts.append(
                 f"<h3>{name}: do the auxiliary routers know what expert choice would do?</h3>"
@@ -518,7 +432,7 @@ def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
     return _section("Routing", "".join(parts)) if parts else ""
 
 
-def _top_tokens(maps: dict[str, Any]) -> str:
+def _top_tokens(variant: str, maps: dict[str, Any]) -> str:
     """Tokens by lift, for experts that have any."""
     layers = maps.get("top_tokens", [])
     experts = [e for e in range(len(maps["experts"])) if any(e < len(layer) and layer[e] for layer in layers)]
@@ -535,12 +449,13 @@ def _top_tokens(maps: dict[str, Any]) -> str:
             cells.append(Html(" ".join(chips)))
         body.append([str(number), *cells])
     note = (
-        "Tokens with the highest lift: their rate among the expert's tokens, over their rate among all text tokens. "
-        "Routing mode train. ␣ is a space, ⏎ a line break."
+        "Tokens with the highest lift: their rate among the expert's tokens, over their rate among all "
+        "text tokens. Routing mode train. ␣ is a space, ⏎ a line break."
     )
     head = ["layer", *(maps["experts"][e] for e in experts)]
     return (
-        f"<h3>What text experts pick</h3><div class=tokens>{_table(head, body)}</div><p class=note>{note}</p>"
+        f"<h3>{html.escape(variant)}: what text experts pick</h3><div "
+        f"class=tokens>{_table(head, body)}</div><p class=note>{note}</p>"
     )
 
 
@@ -564,9 +479,10 @@ def _router_table(routing: dict[str, list[dict[str, float]]]) -> str:
         "predicted",
     ]
     note = (
-        "Per (token, expert) pair. majority: accuracy of the better constant answer. training routing: the model "
-        "routes by expert choice (train). free-running: it routes by its own auxiliary routers (aux), and the "
-        "reference is what expert choice would do on those states. experts: mean per token."
+        "Per (token, expert) pair. majority: accuracy of the better constant answer. training routing: "
+        "the model routes by expert choice (train). free-running: it routes by its own auxiliary routers "
+        "(aux), and the reference is what expert choice would do on those states. experts: mean per "
+        "token."
     )
     return _table(head, body, tuple(range(2, 9))) + f"<p class=note>{note}</p>"
 
@@ -588,47 +504,57 @@ def _cost(runs: Sequence[Run]) -> str:
                 _scaled(meter.get("tokens"), 1e6, 2),
                 _scaled(float(run.metrics["flops"][-1]), 1e12, 1),
                 _integer(rate),
-                _integer(meter.get("seconds", {}).get("train")),
+                _integer(_training_seconds(run)),
             ]
         )
         if run.routers:
             extra = run.routers.meta.get("meter", {})
             spent = float(run.routers.metrics["flops"][-1])
             body.append(
-                [f"{run.variant}: auxiliary routers", str(run.seed[1]), "", "", "", "", _scaled(extra.get("tokens"), 1e6, 2),
-                 _scaled(spent, 1e12, 1), "", _integer(extra.get("seconds", {}).get("train"))]
+                [f"{run.variant}: auxiliary routers", str(run.seed[1]), "", "", "", "",
+                 _scaled(extra.get("tokens"), 1e6, 2), _scaled(spent, 1e12, 1), "",
+                 _integer(_training_seconds(run.routers))]
             )  # fmt: skip
     head = [
         "model", "seed", "parameters, M", "active, M", "MFLOP/token forward", "MFLOP/token train", "tokens, M",
         "training TFLOP", "tokens/s", "training s",
     ]  # fmt: skip
     note = (
-        "active: parameters that one token meets. Training FLOPs are forward and backward. tokens/s: median over the "
-        "run, evaluation and checkpoints left out. Auxiliary routers are trained after the model and not counted in η."
+        "active: parameters that one token meets. Training FLOPs are forward and backward. tokens/s: "
+        "median over the run, evaluation and checkpoints left out. Auxiliary routers are trained after "
+        "the model and not counted in η."
     )
     return _section(
         "Parameters, FLOPs, throughput", _table(head, body, tuple(range(2, 10))) + f"<p class=note>{note}</p>"
     )
 
 
+def _training_seconds(run: Run) -> float | None:
+    """Seconds of all logged windows, evaluation and checkpoints left out; None without rates."""
+    tokens, rate = run.column("tokens"), run.column("tokens_per_second")
+    known = np.isfinite(tokens) & (rate > 0)
+    return float((np.diff(tokens[known], prepend=0) / rate[known]).sum()) if known.any() else None
+
+
 def _budget(quickstart: dict[str, Any]) -> str:
-    stages = quickstart.get("budget", [])
+    stages = quickstart.get("stages", {})
     if not stages:
         return ""
-    body = [[str(s["stage"]), _integer(s.get("wall_s")), _integer(s.get("cpu_s"))] for s in stages]
-    wall, cpu = (sum(s.get(key) or 0 for s in stages) for key in ("wall_s", "cpu_s"))
-    body.append(["all", _integer(wall), _integer(cpu)])
-    commands = "\n".join(str(s["command"]) for s in stages if s.get("command"))
+    body = [[name, _integer(s.get("wall_s")), _integer(s.get("cpu_s"))] for name, s in stages.items()]
+    wall, cpu = (sum(s.get(key) or 0 for s in stages.values()) for key in ("wall_s", "cpu_s"))
+    body.append([Html("<b>all</b>"), _integer(wall), _integer(cpu)])
+    commands = "\n".join(str(s["command"]) for s in stages.values() if s.get("command"))
+    note = "CPU time: user and system, of all threads. Each line below is one command of the study, in order."
     return _section(
         "Budget and exact commands",
         _table(["stage", "wall time, s", "CPU time, s"], body, (1, 2))
-        + f"<pre>{html.escape(commands)}</pre>",
+        + f"<p class=note>{note}</p><pre>{html.escape(commands)}</pre>",
     )
 
 
 def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
     body = []
-    for run in (one for run in runs for one in (run, run.routers) if one is not None):
+    for run in _with_routers(runs):
         git = run.meta.get("git", {})
         commit = str(git.get("commit", "no checkout"))[:12] + ("" if git.get("clean", True) else ", changed")
         body.append(
@@ -644,7 +570,7 @@ def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
     details = "".join(
         f"<details><summary>configuration of {html.escape(run.name)}</summary>"
         f"<pre>{html.escape(json.dumps(run.config, indent=1))}</pre></details>"
-        for run in (one for run in runs for one in (run, run.routers) if one is not None)
+        for run in _with_routers(runs)
     )
     return _section(
         "Versions and configurations",
@@ -652,30 +578,41 @@ def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
     )
 
 
-# ---- pieces -------------------------------------------------------------------------------------------------------
+# ---- pieces --------------------------------------------------------------------------------------------
 
 
 def _summary(runs: Sequence[Run], rows: Sequence[Row], etas: Sequence[Speedup]) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "runs": [{"run": str(run.folder), "variant": run.variant, "seed": list(run.seed)} for run in runs],
-        "smoothing": SMOOTHING,
-        "held_out": [
-            {"variant": r.variant, "mode": r.mode, "targets": r.what, "dense": r.dense, "sparse": r.sparse,
-             "difference": r.difference._asdict(), "verdict": r.verdict}
-            for r in rows
-        ],
-        "eta": [
-            {"variant": s.variant, "targets": s.what, "mode": "train", "per_seed": [one._asdict() for one in s.per_seed],
-             "interval": s.interval._asdict() if s.interval else None, "gap": s.gap._asdict()}
-            for s in etas
-        ],
-    }  # fmt: skip
+    """The numbers of the page for programs."""
+    losses = [
+        {
+            "variant": row.variant,
+            "mode": row.mode,
+            "targets": row.what,
+            "dense": row.dense,
+            "sparse": row.sparse,
+            "difference": row.difference._asdict(),
+            "verdict": row.verdict,
+        }
+        for row in rows
+    ]
+    found = [
+        {
+            "variant": s.variant,
+            "mode": "train",
+            "targets": s.what,
+            "per_seed": [one._asdict() for one in s.per_seed],
+            "interval": s.interval._asdict() if s.interval else None,
+            "gap": s.gap._asdict(),
+        }
+        for s in etas
+    ]
+    named = [{"run": str(run.folder), "variant": run.variant, "seed": list(run.seed)} for run in runs]
+    return {"format": 1, "runs": named, "smoothing": SMOOTHING, "held_out": losses, "eta": found}
 
 
 def _unfair(runs: Sequence[Run]) -> Iterable[str]:
     """What makes the comparison less than equal."""
-    for variant in _sparse(runs):
+    for variant in sparse_variants(runs):
         for dense, sparse in paired(runs, variant):
             a, b = float(dense.metrics["flops"][-1]), float(sparse.metrics["flops"][-1])
             if abs(a - b) > 0.01 * max(a, b):
@@ -686,15 +623,7 @@ def _unfair(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    return "moma report: " + " and ".join(_variants(runs))
-
-
-def _variants(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(run.variant for run in runs))
-
-
-def _sparse(runs: Sequence[Run]) -> list[str]:
-    return [variant for variant in _variants(runs) if variant != "dense"]
+    return "moma report: " + " and ".join(variants(runs))
 
 
 def _first_of_each(runs: Sequence[Run]) -> list[Run]:
@@ -705,12 +634,13 @@ def _first_of_each(runs: Sequence[Run]) -> list[Run]:
     return list(first.values())
 
 
+def _with_routers(runs: Sequence[Run]) -> list[Run]:
+    """Every run, followed by the one that trained its auxiliary routers."""
+    return [one for run in runs for one in (run, run.routers) if one is not None]
+
+
 def _names(run: Run) -> set[str]:
     return {run.name} | ({run.routers.name} if run.routers else set())
-
-
-def _has(run: Run, mode: str, key: str) -> bool:
-    return run.eval is not None and run.eval.get("loss", {}).get(mode, {}).get(key) is not None
 
 
 def _eta_text(s: Speedup) -> str:
@@ -723,7 +653,7 @@ def _eta_text(s: Speedup) -> str:
 
 def _interval(found: Interval) -> str:
     ends = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{found.mean:+.4f}{ends}"
+    return f"{found.mean:+.4f}{ends}".replace("-", "−")
 
 
 def _value(value: float | None, digits: int = 4) -> str:
@@ -788,27 +718,32 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2328;
+body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2328;
   background: #fff; max-width: 940px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; padding-bottom: .25rem; border-bottom: 1px solid #d8dee4; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
 .sub { color: #656d76; margin: .4rem 0 0; }
-.banner { background: #f6f8fa; border-left: 4px solid #d55e00; padding: .6rem .9rem; margin: 0 0 1rem; font-weight: 600; }
+.banner { background: #f6f8fa; border-left: 4px solid #d55e00; padding: .6rem .9rem; margin: 0 0 1rem;
+  font-weight: 600; }
 .warn { color: #a40e26; }
 .note, figcaption { color: #57606a; font-size: .85rem; margin: .5rem 0 1rem; max-width: 75ch; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .3rem 0; }
-th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #eaeef2; vertical-align: top; }
+table { border-collapse: collapse; min-width: 40%; font-size: .85rem; margin: .3rem 0;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid #eaeef2;
+  vertical-align: top; }
 th { color: #57606a; font-weight: 600; border-bottom: 1px solid #afb8c1; vertical-align: bottom; }
 td.n { white-space: nowrap; }
-th.n, td.n { text-align: right; padding-right: 1rem; }
+th.n, td.n { text-align: right; }
+.captions table, .tokens table { width: 100%; }
 .captions td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: middle; }
 img.figure { width: 100%; max-width: 900px; height: auto; display: block; }
 img.small { width: 48px; height: 48px; border: 1px solid #d8dee4; display: block; }
 code { background: #f0f3f6; border-radius: 3px; padding: 0 .25em; white-space: pre; font-size: .92em; }
 .tokens td { line-height: 1.75; }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 summary { cursor: pointer; color: #57606a; font-size: .85rem; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } h2, h3 { break-after: avoid; }
   img, tr, pre { break-inside: avoid; } .wide { overflow: visible; } }

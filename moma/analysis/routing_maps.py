@@ -1,12 +1,12 @@
 """Routing maps of an eval.json as arrays ready to draw.
 
-    share     one column per (expert, modality) that the expert may compute; rows are layers
-    places    per layer and image expert, the picture's grid: the share of pictures at which it takes that place
-    reliance  0 (every place alike) to 1 (the place alone decides), per layer
+    share     one column per (expert, modality) that the expert may compute; rows are layers places    per
+    layer and image expert, the picture's grid: the share of pictures at which it takes that place reliance  0
+    (every place alike) to 1 (the place alone decides), per layer
 
-Under expert choice (`train`) the load of an expert is constant by construction, so a modality's shares are equal;
-what differs is which tokens it takes. Under the causal routers (`aux`) loads differ too. Refuses maps whose parts
-do not fit together.
+Under expert choice (`train`) the load of an expert is constant by construction, so a modality's shares are
+equal; what differs is which tokens it takes. Under the causal routers (`aux`) loads differ too. Refuses maps
+whose parts do not fit together.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ TEXT, IMAGE = "text", "image"
 
 
 class Shares(NamedTuple):
-    """`share`: (layers, columns), 0 to 1; `column`: (expert name, modality) of each; `fair`: 1 / experts in group."""
+    """`share`: (layers, columns), 0 to 1; `column`: (expert name, modality) of each; `fair`: 1 / experts in
+    group.
+    """
 
     share: np.ndarray
     column: list[tuple[str, str]]
@@ -60,11 +62,6 @@ def shares(maps: dict[str, Any], mode: str) -> Shares:
     )
 
 
-def gates(maps: dict[str, Any], mode: str) -> np.ndarray:
-    """Mean gate (0 to 1) of the tokens each expert computes: (layers, experts)."""
-    return np.array(maps["score"][mode], float)
-
-
 def image_experts(maps: dict[str, Any]) -> list[int]:
     """Columns of the experts that image tokens may go to."""
     others = [m for m in maps.get("modalities", [TEXT, IMAGE]) if m != IMAGE]
@@ -87,7 +84,7 @@ def reliance(place: np.ndarray) -> np.ndarray:
     """How far an expert's choice follows the place alone: (layers,), 0 to 1.
 
     Per expert with share p(x) at place x and mean share q: mean |p(x) - q| over its largest possible value
-    2 q (1 - q); then the mean over experts.
+    2 q (1 - q); then the mean over experts. Over n pictures, chance alone gives about sqrt(1 / (2 pi n q (1 - q))).
     """
     q = place.mean((2, 3), keepdims=True)
     most = 2 * q * (1 - q)

@@ -5,11 +5,11 @@
     RUN/eval.json                       if `moma evaluate` ran
 
 A sparse model is scored causally only after its auxiliary routers were trained, by a run of their own
-(`objective=aux_routers init_from=RUN`). `collect` joins the two: the training run keeps its curves and takes the
-evaluation of the routers' run.
+(`objective=aux_routers init_from=RUN`). `collect` joins the two: the training run keeps its curves and takes
+the evaluation of the routers' run.
 
-Refuses a folder that is no run and a metrics file that is damaged before its last line; a last line that a kill
-cut off is left out.
+Refuses a folder that is no run and a metrics file that is damaged before its last line; a last line that a
+kill cut off is left out.
 """
 
 import json
@@ -25,8 +25,8 @@ AUX = "aux_routers"
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `metrics`: float64 columns over lines, `step` and `flops` without gaps; `routers`: the run that
-    trained its auxiliary routers, if any; `eval`: eval.json, None where the run was not evaluated.
+    """One run. `metrics`: float64 columns over lines, `step` and `flops` without gaps; `routers`: the run
+    that trained its auxiliary routers, if any; `eval`: eval.json, None where the run was not evaluated.
     """
 
     name: str
@@ -99,8 +99,8 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
             if number == len(lines):  # no newline after it: the line that a kill cut off
                 break
             raise ValueError(
-                f"got a damaged line {number} in {path} ({error}), need one JSON object with a step per line: "
-                "resume the run, which cuts the file at its checkpoint"
+                f"got a damaged line {number} in {path} ({error}), need one JSON object with a step per "
+                "line: resume the run, which cuts the file at its checkpoint"
             ) from None
     if not rows:
         raise ValueError(f"got no whole line in {path}, need the metrics of a run: train for longer")
@@ -122,8 +122,8 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
 def collect(folders: tuple[Path, ...] | list[Path]) -> list[Run]:
     """Training runs of `folders`, dense first, then by variant and seed; routers' runs joined to their run.
 
-    A routers' run whose training run is not named brings it along. Raises ValueError for two runs of one variant
-    and seed, and for a routers' run whose training run cannot be found.
+    A routers' run whose training run is not named brings it along. Raises ValueError for two runs of one
+    variant and seed, and for a routers' run whose training run cannot be found.
     """
     read = [read_run(folder) for folder in folders]
     trained = {run.folder.resolve(): run for run in read if run.objective != AUX}
@@ -135,8 +135,8 @@ def collect(folders: tuple[Path, ...] | list[Path]) -> list[Run]:
     for one, other in zip(runs, runs[1:], strict=False):
         if (one.variant, one.seed) == (other.variant, other.seed):
             raise ValueError(
-                f"got {one.folder} and {other.folder}, both {one.variant} with the same seeds, need one run per "
-                "variant and seed: leave one out"
+                f"got {one.folder} and {other.folder}, both {one.variant} with the same seeds, need one "
+                "run per variant and seed: leave one out"
             )
     return runs
 
@@ -160,9 +160,7 @@ def _newest_meta(folder: Path) -> dict[str, Any]:
         raise ValueError(f"got {folder} without a checkpoint, need a run that has saved one: train it first")
     meta = _json(found[-1], f"remove {found[-1].parent}")
     if not isinstance(meta.get("config"), dict) or "feed_forward" not in meta["config"]:
-        raise ValueError(
-            f"got {found[-1]} without a configuration, need one that `moma train` wrote: train again"
-        )
+        raise ValueError(f"got {found[-1]} without a configuration, need one that `moma train` wrote: train again")
     return meta
 
 

@@ -1,19 +1,21 @@
-"""What sparsity buys: eta, the speed-up at equal training loss (paper section 3.1), and its interval over seeds.
+"""What sparsity buys: eta, the speed-up at equal training loss (paper section 3.1), and held-out differences.
 
     eta = FLOPs of dense to its final smoothed loss / FLOPs of sparse to first reach that loss
 
-Smoothing: a trailing mean over a window of SMOOTHING of the dense run's FLOPs. Each smoothed point stands at the
-mean FLOPs of its window, not at the window's end: on a straight stretch the window then moves a point along the
-curve instead of off it, and eta is not biased by the lag. Losses are training losses; under expert choice those
-of a sparse model are computed with training-time routing, which sees the future.
+Smoothing: a trailing mean over a window of SMOOTHING of the dense run's FLOPs. Each smoothed point stands at
+the mean FLOPs of its window, not at the window's end: on a straight stretch the window then moves a point
+along the curve instead of off it, and eta is not biased by the lag. Losses are training losses; under expert
+choice those of a sparse model are computed with training-time routing, which sees the future.
 
 A sparse model that never reaches the loss has no eta (None); the gap of the losses at equal FLOPs is given
-always. The learning rate of the dense run has decayed where its loss is read and that of the sparse run has not
-yet, so eta errs towards 1. Refuses curves without points.
+always. The learning rate of the dense run has decayed where its loss is read and that of the sparse run has
+not yet, so eta is rather too low; the first crossing of a noisy curve comes early, so with few lines per
+window it is rather too high. Refuses curves without points.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,13 @@ from moma.analysis.runs import Run
 SMOOTHING = 0.05  # of the dense run's FLOPs
 LOSSES = {"overall": "loss", "text": "loss_text", "image": "loss_image"}
 SEEDS_FOR_A_CLAIM = 3
+HELD_OUT = {
+    "all targets": "loss",
+    "text": "loss_text",
+    "text without structural tokens": "loss_text_plain",
+    "image": "loss_image",
+}
+_BASELINE_OF = {"loss_text": "text_bigram", "loss_image": "image_position_unigram"}
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, 1 to 30; beyond, the normal quantile is close.
 _T95 = (
@@ -41,7 +50,8 @@ class Curve(NamedTuple):
 class Eta(NamedTuple):
     """`value`: the speed-up, None if never reached; `gap`: sparse minus dense loss (nats) at `gap_flops`.
 
-    `target`: the dense run's final smoothed loss, at `dense_flops`; the sparse run reaches it at `sparse_flops`.
+    `target`: the dense run's final smoothed loss, at `dense_flops`; the sparse run reaches it at
+    `sparse_flops`.
     """
 
     value: float | None
@@ -63,6 +73,43 @@ class Interval(NamedTuple):
     def excludes(self, value: float) -> bool:
         """Whether the interval exists and lies on one side of `value`."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Row:
+    """One held-out loss, dense against a sparse variant in one causal mode; means over paired seeds, in nats."""
+
+    variant: str
+    mode: str
+    what: str
+    dense: float
+    sparse: float
+    difference: Interval  # sparse minus dense
+    baseline: float | None
+
+    @property
+    def lower(self) -> str:
+        """The model with the lower mean: an observation, no claim."""
+        return self.variant if self.difference.mean < 0 else "dense"
+
+    @property
+    def verdict(self) -> str:
+        """The claim that the seeds allow."""
+        n = self.difference.n
+        if n < SEEDS_FOR_A_CLAIM:
+            return "one seed: no verdict" if n == 1 else f"{n} seeds: no verdict"
+        return f"{self.lower} is better" if self.difference.excludes(0.0) else "no difference shown"
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """eta of one variant on one training loss: per paired seed, with an interval where all seeds reach it."""
+
+    variant: str
+    what: str
+    per_seed: tuple[Eta, ...]
+    interval: Interval | None
+    gap: Interval  # sparse minus dense, nats, at equal training FLOPs
 
 
 def curve(run: Run, metric: str) -> Curve:
@@ -102,8 +149,8 @@ def eta(dense: Curve, sparse: Curve, smoothing: float = SMOOTHING) -> Eta:
 def interval(values: Sequence[float], ratio: bool = False) -> Interval:
     """Mean and 95 % t interval of one number per paired seed; `ratio=True` works on logarithms (for eta).
 
-    A t interval rather than a bootstrap: three to five seeds are too few to resample. Raises ValueError for no
-    values.
+    A t interval rather than a bootstrap: three to five seeds are too few to resample. Raises ValueError for
+    no values.
     """
     if not len(values):
         raise ValueError("got no values, need at least one seed: train a pair of runs")
@@ -121,6 +168,61 @@ def paired(runs: Sequence[Run], variant: str, reference: str = "dense") -> list[
     """(reference run, run of `variant`) for every seed that both have."""
     by_seed = {run.seed: run for run in runs if run.variant == reference}
     return [(by_seed[run.seed], run) for run in runs if run.variant == variant and run.seed in by_seed]
+
+
+def variants(runs: Sequence[Run]) -> list[str]:
+    """Names of the variants, in the order of `runs`."""
+    return list(dict.fromkeys(run.variant for run in runs))
+
+
+def sparse_variants(runs: Sequence[Run]) -> list[str]:
+    """The same without `dense`."""
+    return [variant for variant in variants(runs) if variant != "dense"]
+
+
+def causal_losses(run: Run) -> dict[str, dict[str, float]]:
+    """Held-out losses of the modes that see the past only, by mode."""
+    return {mode: loss for mode, loss in (run.eval or {}).get("loss", {}).items() if mode != "train"}
+
+
+def held_out(runs: Sequence[Run]) -> list[Row]:
+    """Held-out losses of every sparse variant against dense, per causal mode and modality, paired by seed."""
+    rows = []
+    for variant in sparse_variants(runs):
+        pairs = [(d, s) for d, s in paired(runs, variant) if d.eval and s.eval]
+        for mode in dict.fromkeys(mode for _, s in pairs for mode in causal_losses(s)):
+            for what, key in HELD_OUT.items():
+                values = [
+                    (d.eval["loss"]["causal"][key], s.eval["loss"][mode][key])  # type: ignore[index]
+                    for d, s in pairs
+                    if _has(d, "causal", key) and _has(s, mode, key)
+                ]
+                if not values:
+                    continue
+                dense, sparse = np.array(values).T
+                found = pairs[0][0].eval.get("baselines", {}).get(_BASELINE_OF.get(key, ""))  # type: ignore[union-attr]
+                difference = interval(sparse - dense)
+                rows.append(Row(variant, mode, what, dense.mean(), sparse.mean(), difference, found))
+    return rows
+
+
+def speedups(runs: Sequence[Run]) -> list[Speedup]:
+    """eta and the loss gap of every sparse variant, overall, text and image, over paired seeds."""
+    found = []
+    for variant in sparse_variants(runs):
+        for what, metric in LOSSES.items():
+            pairs = [(curve(d, metric), curve(s, metric)) for d, s in paired(runs, variant)]
+            etas = tuple(eta(d, s) for d, s in pairs if len(d.flops) and len(s.flops))
+            if not etas:
+                continue
+            values = [one.value for one in etas if one.value is not None]
+            over = interval(values, ratio=True) if len(values) == len(etas) else None
+            found.append(Speedup(variant, what, etas, over, interval([one.gap for one in etas])))
+    return found
+
+
+def _has(run: Run, mode: str, key: str) -> bool:
+    return run.eval is not None and run.eval.get("loss", {}).get(mode, {}).get(key) is not None
 
 
 def _first_reach(sparse: Curve, target: float) -> float | None:

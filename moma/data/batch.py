@@ -7,6 +7,7 @@ Routing uses the modality of the *input* token; the loss that of the *target* (B
 token of a document is no target. Padding (only at the declared end of a finite stream) has document -1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -49,7 +50,7 @@ class Batch:
 
 def build_batch(
     micro_batch: MicroBatch,
-    readers: dict[str, TokenReader],
+    readers: Mapping[str, TokenReader],
     shape: PlanShape,
     vocab: Vocabulary,
     padded: bool = False,
@@ -72,11 +73,7 @@ def build_batch(
             document[row, at:end] = number
             at = end
     ids_RL, present = torch.from_numpy(tokens), torch.from_numpy(document >= 0)
-    groups = (
-        exact_groups(ids_RL, vocab)
-        if micro_batch.exact and not padded
-        else padded_groups(ids_RL, present, vocab)
-    )
+    groups = exact_groups(ids_RL, vocab) if micro_batch.exact and not padded else padded_groups(ids_RL, present, vocab)
     return Batch(
         number=micro_batch.number,
         tokens_RL=ids_RL,

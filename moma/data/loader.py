@@ -8,7 +8,7 @@ everywhere and resumes at any world size.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moma.data.batch import Batch, TokenReader, build_batch
@@ -25,7 +25,7 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        readers: dict[str, TokenReader],
+        readers: Mapping[str, TokenReader],
         vocab: Vocabulary,
         *,
         state: dict[str, Any] | None = None,

@@ -25,7 +25,7 @@ import bisect
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -99,10 +99,10 @@ class Plan:
 
     def __init__(
         self,
-        sources: dict[str, DocumentIndex],
+        sources: Mapping[str, DocumentIndex],
         shape: PlanShape,
         seed: int,
-        mixture: dict[str, float] | None = None,
+        mixture: Mapping[str, float] | None = None,
         passes: int | None = None,
     ) -> None:
         self.shape, self.seed, self.passes = shape, seed, passes
@@ -124,7 +124,7 @@ class Plan:
         )  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def _weights(self, mixture: dict[str, float]) -> dict[str, float]:
+    def _weights(self, mixture: Mapping[str, float]) -> dict[str, float]:
         weights = {}
         for names, size in ((self.image_sources, "document_images"), (self.text_sources, "document_tokens")):
             raw = {n: mixture.get(n, float(getattr(self.sources[n], size).sum())) for n in names}
@@ -140,9 +140,7 @@ class Plan:
             raise ValueError(f"got images=0, but {self.image_sources} hold images: set images to at least 1 or "
                              "leave them out of the mixture")  # fmt: skip
         if not self.text_sources and self.passes is None:
-            raise ValueError(
-                "got a mixture without a text-only source, need one to fill the rows exactly: add one"
-            )
+            raise ValueError("got a mixture without a text-only source, need one to fill the rows exactly: add one")
         self.smallest = min((self._smallest(n) for n in self.image_sources), default=1)
         fits = (length // self.smallest) * rows
         if fits < q:
@@ -194,7 +192,8 @@ class Plan:
 
     def _first_state(self) -> dict[str, Any]:
         zero = {name: 0 for name in self.sources}
-        return {"number": 0, "pass": dict(zero), "position": dict(zero), "served": dict(zero), "waiting": [], "filler": []}  # fmt: skip
+        counters = {"pass": dict(zero), "position": dict(zero), "served": dict(zero)}
+        return {"number": 0, **counters, "waiting": [], "filler": []}
 
     def _next(self, state: dict[str, Any]) -> MicroBatch | None:
         """Compose one micro-batch and move `state` behind it; None when a finite stream is used up."""
@@ -299,12 +298,8 @@ class Plan:
         """Pseudo-random order of a source's documents in one pass; only the two latest passes are kept."""
         key = (source, pass_number)
         if key not in self._orders:
-            self._orders = {
-                k: v for k, v in self._orders.items() if k[0] != source or k[1] == pass_number - 1
-            }
-            self._orders[key] = pass_order(
-                self.sources[source].n_documents, f"{self.seed}/{source}/{pass_number}"
-            )
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != source or k[1] == pass_number - 1}
+            self._orders[key] = pass_order(self.sources[source].n_documents, f"{self.seed}/{source}/{pass_number}")
         return self._orders[key]
 
     def _pieces(self, source: str, doc: int) -> list[list[Any]]:
@@ -315,9 +310,7 @@ class Plan:
             return [[source, doc, 0, tokens, images, True]]
         offsets, counts = index.segments(doc)
         pieces: list[list[Any]] = []
-        for start, stop, count in zip(
-            offsets[:-1].tolist(), offsets[1:].tolist(), counts.tolist(), strict=True
-        ):
+        for start, stop, count in zip(offsets[:-1].tolist(), offsets[1:].tolist(), counts.tolist(), strict=True):
             if count and stop - start > length:
                 raise ValueError(
                     f"got an image segment of {stop - start} tokens (source {source}, document {doc}), need at most "
@@ -328,11 +321,7 @@ class Plan:
                     f"got a segment with {count} images (source {source}, document {doc}), need at most "
                     f"data.images={self.shape.images}: raise data.images"
                 )
-            joins = (
-                pieces
-                and stop - pieces[-1][2] <= length
-                and pieces[-1][4] + count <= max(self.shape.images, 1)
-            )
+            joins = pieces and stop - pieces[-1][2] <= length and pieces[-1][4] + count <= max(self.shape.images, 1)
             if joins:
                 pieces[-1][3], pieces[-1][4] = stop, pieces[-1][4] + count
                 continue
@@ -342,12 +331,10 @@ class Plan:
         return pieces
 
 
-def _chosen(sources: dict[str, DocumentIndex], mixture: dict[str, float]) -> dict[str, DocumentIndex]:
+def _chosen(sources: Mapping[str, DocumentIndex], mixture: Mapping[str, float]) -> dict[str, DocumentIndex]:
     unknown = sorted(set(mixture) - set(sources))
     if unknown:
-        raise ValueError(
-            f"got mixture weights for {unknown}, need names among {sorted(sources)}: correct data.mixture"
-        )
+        raise ValueError(f"got mixture weights for {unknown}, need names among {sorted(sources)}: correct data.mixture")
     negative = sorted(n for n, w in mixture.items() if w < 0)
     if negative:
         raise ValueError(f"got negative mixture weights for {negative}, need 0 (leave out) or more")

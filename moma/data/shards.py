@@ -59,15 +59,13 @@ def write_shard(folder: Path, number: int, documents: Sequence[Document], dtype:
             "use token_dtype(vocab.size)"
         )
     starts = np.cumsum([0, *(len(document.tokens) for document in documents)], dtype=np.int64)
-    segments = [
-        start + document.segment_offsets[:-1] for start, document in zip(starts, documents, strict=False)
-    ]
+    segments = [start + document.segment_offsets[:-1] for start, document in zip(starts, documents, strict=False)]
     images = np.concatenate([document.segment_images for document in documents]).astype(np.int32)
     folder.mkdir(parents=True, exist_ok=True)
     packed = tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
     _write(folder / record["file"], packed)
     index = folder / f"{stem}.index.npz"
-    temporary = index.with_name(f".{index.name}.tmp.npz")
+    temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp.npz")
     np.savez(
         temporary,
         doc_offset=starts,
@@ -89,9 +87,7 @@ def write_shard(folder: Path, number: int, documents: Sequence[Document], dtype:
     }
 
 
-def write_shards(
-    folder: Path, documents: Iterable[Document], shard_tokens: int, dtype: str
-) -> list[dict[str, Any]]:
+def write_shards(folder: Path, documents: Iterable[Document], shard_tokens: int, dtype: str) -> list[dict[str, Any]]:
     """Write documents in order, closing a shard once it holds `shard_tokens`; the records of all shards."""
     records: list[dict[str, Any]] = []
     shard: list[Document] = []
@@ -204,9 +200,7 @@ class ShardedSource:
         shard, local = self._locate(doc)
         begin, end = self._doc_offset[shard][local : local + 2]
         if not 0 <= start <= stop <= end - begin:
-            raise IndexError(
-                f"got tokens [{start}, {stop}) of document {doc}, need a range in [0, {end - begin}]"
-            )
+            raise IndexError(f"got tokens [{start}, {stop}) of document {doc}, need a range in [0, {end - begin}]")
         return shard, int(begin) + start
 
     def _map(self, file: str, dtype: np.dtype) -> np.memmap:
@@ -224,9 +218,7 @@ def open_source(corpus: Path, split: str, source: str) -> ShardedSource:
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {sorted(sources)}"
         raise ValueError(f"got source {source!r}, need a source of {corpus} {split}: {hint}")
     entry = sources[source]
-    return ShardedSource(
-        Path(corpus) / split / source, entry["kind"], entry["shards"], manifest["token_dtype"]
-    )
+    return ShardedSource(Path(corpus) / split / source, entry["kind"], entry["shards"], manifest["token_dtype"])
 
 
 def open_corpus(corpus: Path, split: str, vocab_hash: str) -> dict[str, ShardedSource]:
@@ -273,15 +265,11 @@ def file_sha256(path: Path) -> str:
 
 def _split(manifest: dict[str, Any], split: str, corpus: Path) -> dict[str, Any]:
     if split not in manifest["splits"]:
-        raise ValueError(
-            f"got split {split!r}, need one of {sorted(manifest['splits'])} of {corpus}: choose one"
-        )
+        raise ValueError(f"got split {split!r}, need one of {sorted(manifest['splits'])} of {corpus}: choose one")
     return manifest["splits"][split]
 
 
-def _read_index(
-    folder: Path, shard: dict[str, Any], itemsize: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_index(folder: Path, shard: dict[str, Any], itemsize: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tokens = folder / shard["file"]
     expected = {tokens: shard["tokens"] * itemsize}
     if shard["mask"]:
@@ -322,7 +310,7 @@ def _sibling(file: str, ending: str) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Write whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -334,7 +322,6 @@ def corpus_hash(corpus: Path, split: str) -> str:
     """Identity of one split's tokens and document boundaries: hash over its shards' hashes, hex."""
     sources = _split(read_manifest(corpus), split, corpus)
     shards = {
-        name: [(s["sha256"], s["index_sha256"]) for s in entry["shards"]]
-        for name, entry in sorted(sources.items())
+        name: [(s["sha256"], s["index_sha256"]) for s in entry["shards"]] for name, entry in sorted(sources.items())
     }
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]

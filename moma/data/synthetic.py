@@ -28,7 +28,7 @@ def write_synthetic(
     grid: tuple[int, int] = (4, 4),
     seed: int = 0,
 ) -> tuple[Path, Path, Vocabulary]:
-    """Write `folder`/tokenizer and `folder`/corpus (train, and val of a quarter the size); returns both and the vocabulary."""
+    """Write `folder`/tokenizer and `folder`/corpus (val: a quarter of train); returns both and the vocabulary."""
     tokenizer, corpus = folder / "tokenizer", folder / "corpus"
     tokenizer.mkdir(parents=True)
     write_ranks(tokenizer / RANKS_FILE, {bytes([b]): b for b in range(256)})

@@ -33,9 +33,7 @@ class Baselines:
         seen = np.where(self.pair_keys[at] == keys, self.pair_counts[at], 0)
         types, total = self.context_types[context], self.context_counts[context]
         single = self.unigram[word]
-        smoothed = np.where(
-            total > 0, (seen + types * np.exp(single)) / np.maximum(total + types, 1), np.exp(single)
-        )
+        smoothed = np.where(total > 0, (seen + types * np.exp(single)) / np.maximum(total + types, 1), np.exp(single))
         where = image_positions(tokens, self.vocab)[image]
         code = target[image] - self.vocab.image_start
         return {

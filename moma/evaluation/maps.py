@@ -23,9 +23,7 @@ MIN_COUNT = 20  # a token must occur this often to have a lift
 
 
 @torch.no_grad()
-def routing_maps(
-    model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode
-) -> dict[str, Any]:
+def routing_maps(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode) -> dict[str, Any]:
     """`share` [layer][expert][modality], `image_position` [layer][expert][place], `score` [layer][expert] and
     `top_tokens` [layer][expert] as [id, lift]; empty lists where the model has no routers."""
     chosen: list[list[np.ndarray]] = []
@@ -50,7 +48,7 @@ def routing_maps(
     kinds = range(len(vocab.modalities))
     return {
         "share": [[[_rate(c[:, e], modality_T == m) for m in kinds] for e in range(c.shape[1])] for c, _ in layers],
-        "score": [[float(s[c[:, e], e].mean()) if c[:, e].any() else 0.0 for e in range(c.shape[1])] for c, s in layers],
+        "score": [[_mean(s[c[:, e], e]) for e in range(c.shape[1])] for c, s in layers],
         "image_position": [
             [_by_place(c[:, e], modality_T == IMAGE, place_T, vocab.tokens_per_image) for e in range(c.shape[1])]
             for c, _ in layers
@@ -65,6 +63,10 @@ def expert_names(sizes: tuple[int, ...], modalities: tuple[str, ...]) -> list[st
     """Names of the routed experts in the order of the statistics' columns: `text 0`, ..., `image 3`."""
     names = modalities if len(sizes) > 1 else ("mixed",)
     return [f"{name} {e}" for name, size in zip(names, sizes, strict=False) if size > 1 for e in range(size)]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else 0.0
 
 
 def _rate(chosen_T: np.ndarray, of_T: np.ndarray) -> float:

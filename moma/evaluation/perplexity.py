@@ -12,9 +12,7 @@ from moma.objectives import loss_tallies, run_model
 
 
 @torch.no_grad()
-def perplexity(
-    model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode
-) -> dict[str, float]:
+def perplexity(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode) -> dict[str, float]:
     """`loss`, `loss_text`, `loss_text_plain`, `loss_image` (nats) and `targets`, over all `batches`.
 
     `mode="train"` routes by expert choice over each micro-batch, hence sees the future; `aux` is causal.

@@ -20,9 +20,7 @@ from moma.model.transformer import Transformer
 
 
 @torch.no_grad()
-def routing(
-    model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode
-) -> list[dict[str, float]]:
+def routing(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode) -> list[dict[str, float]]:
     """One dict per routed layer: accuracy, majority, auc, precision, recall, experts_true, experts_predicted.
 
     `mode="train"`: training states; `mode="aux"`: free-running. Empty where the model has no routers.

@@ -4,9 +4,9 @@
           +---- text ----+  -- BOI, if room -->  +---- picture ----+  -------->  EOI, forced, then text
           end of document or `max_new_tokens` ends a row; rows of a batch may be in different states
 
-In text, the allowed ids are EOS, the text range, and BOI where pictures are asked for and the whole picture with its
-EOI still fits. In a picture only image codes are. The head's other rows are not even read: the distribution is the
-model's own, restricted exactly.
+In text, the allowed ids are EOS, the text range, and BOI where pictures are asked for and the whole picture
+with its EOI still fits. In a picture only image codes are. The head's other rows are not even read: the
+distribution is the model's own, restricted exactly.
 
 Classifier-free guidance for pictures runs further rows beside the conditional one, through the same caches:
 
@@ -16,24 +16,24 @@ Classifier-free guidance for pictures runs further rows beside the conditional o
 
     logits = none + guidance_image (image only - none) + guidance (full - image only)
 
-Equal scales are the two-way form none + guidance (full - none); 1 is off. Refuses routing mode `train` for models with
-routers: expert choice sees the future, and here there is none.
+Equal scales are the two-way form none + guidance (full - none); 1 is off. Refuses routing mode `train` for
+models with routers: expert choice sees the future, and here there is none.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moma.generation.kv_cache import Decoder
-from moma.generation.sampling import Sampling, guided, guided_three_way, row_uniforms, sample
+from moma.generation.sampling import OWN, Sampling, guided, guided_three_way, row_uniforms, sample
 from moma.modality import Vocabulary
-from moma.model.feed_forward import CAUSAL_MODES, Mode
+from moma.model.block import Block
+from moma.model.feed_forward import CAUSAL_MODES, Mode, SparseFeedForward
 from moma.model.transformer import Transformer
-
 
 Context = Callable[[Sequence[int], Vocabulary], list[int]]
 
@@ -41,8 +41,9 @@ Context = Callable[[Sequence[int], Vocabulary], list[int]]
 class Generation(NamedTuple):
     """What one prompt was continued with.
 
-    `log_probs` (nats, one per token): log-probability among the allowed ids, after guidance, before repetition
-    penalty, temperature and cuts; 0 for a forced EOI. `finished`: the model ended the document (EOS is the last token).
+    `log_probs` (nats, one per token): log-probability among the allowed ids, after guidance, before
+    repetition penalty, temperature and cuts; 0 for a forced EOI. `finished`: the model ended the document
+    (EOS is the last token).
     """
 
     tokens: list[int]
@@ -83,20 +84,18 @@ def causal_mode(model: Transformer, mode: Mode) -> Mode:
 
     Raises ValueError for a mode that sees the future, or without the auxiliary routers that `aux` needs.
     """
-    routed = [block.feed_forward for block in model.blocks if block.feed_forward.n_routed]
+    layers = [cast(Block, block).feed_forward for block in model.blocks]
+    routed = [layer for layer in layers if isinstance(layer, SparseFeedForward) and layer.n_routed]
     if not routed:
         return "aux"
-    remedy = (
-        "train the run's causal routers with objective=aux_routers init_from=RUN, and generate from that run"
-    )
+    remedy = "train the run's causal routers with objective=aux_routers init_from=RUN, and generate from that run"
     if mode not in CAUSAL_MODES:
         raise ValueError(
-            f"got mode={mode} for generation, need {' or '.join(CAUSAL_MODES)} (expert choice sees the future): {remedy}"
+            f"got mode={mode} for generation, need {' or '.join(CAUSAL_MODES)} (expert choice sees the "
+            f"future): {remedy}"
         )
-    if not all(len(feed_forward.aux) for feed_forward in routed):
-        raise ValueError(
-            f"got a model without auxiliary routers, need them to generate in mode {mode}: {remedy}"
-        )
+    if not all(len(layer.aux) for layer in routed):
+        raise ValueError(f"got a model without auxiliary routers, need them to generate in mode {mode}: {remedy}")
     return mode
 
 
@@ -137,8 +136,8 @@ def generate(
     *,
     mode: Mode,
     max_new_tokens: int,
-    text: Sampling = Sampling(),
-    picture: Sampling = Sampling(),
+    text: Sampling = OWN,
+    picture: Sampling = OWN,
     guidance: float = 1.0,
     guidance_image: float | None = None,
     pictures: bool = True,
@@ -147,10 +146,10 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt (ids, from BOS on) by up to `max_new_tokens`, all in one batch.
 
-    `pictures`: whether text may begin one. `guidance_image=None`: the same as `guidance`. `rows`: the number that
-    seeds each prompt's draws with `seed` (default: its place), so that a batch may be cut anywhere. Runs under the
-    caller's autocast. Raises ValueError for a mode that is not causal and for prompts that are no document's
-    beginning or whose open picture does not fit.
+    `pictures`: whether text may begin one. `guidance_image=None`: the same as `guidance`. `rows`: the number
+    that seeds each prompt's draws with `seed` (default: its place), so that a batch may be cut anywhere. Runs
+    under the caller's autocast. Raises ValueError for a mode that is not causal and for prompts that are no
+    document's beginning or whose open picture does not fit.
     """
     mode = causal_mode(model, mode)
     states = [_Row(codes_left(prompt, vocab, number)) for number, prompt in enumerate(prompts)]
@@ -208,9 +207,7 @@ def generate(
             for row in states
         ]
     log_probs = log_probs_NR.T.tolist()
-    return [
-        Generation(row.tokens, log_probs[r][: len(row.tokens)], row.finished) for r, row in enumerate(states)
-    ]
+    return [Generation(row.tokens, log_probs[r][: len(row.tokens)], row.finished) for r, row in enumerate(states)]
 
 
 def full_context(prompt: Sequence[int], vocab: Vocabulary) -> list[int]:
@@ -270,7 +267,7 @@ def _feed(decoder: Decoder, feeds: list[list[_Feed]], device: torch.device) -> T
 
 
 class _Heads:
-    """The head's rows that text and pictures read, and the text ids each row has seen (structure never counts)."""
+    """The head's rows that text and pictures read, and the text ids (never structure) each row has seen."""
 
     def __init__(self, model: Transformer, vocab: Vocabulary, prompts: Sequence[Sequence[int]]) -> None:
         weight_VD = model.head.weight

@@ -5,10 +5,11 @@
     row 1      .    .    BOS  d    BOI  c0   c1       prompts end together: left padding, never visible
     row 2      BOS  BOS  BOS  BOS  BOI  c0   c1       restarted at slot 3: sees BOS BOI c0 c1
 
-A token takes a slot whether or not its row has one to feed; `visible` says which slots a row attends to, and a
-token's position is the number of visible slots before it, hence exact inside the document. An absent token attends to
-itself alone (an empty softmax is not a number) and stands in no modality group. A restart forgets a row's past without
-touching the cache: that is how the unconditional rows of classifier-free guidance begin a picture.
+Every row takes a slot for every column fed, also where it has no token; `visible` says which slots a row attends
+to, and a token's position is the number of visible slots before it, hence exact inside the document. An absent
+token attends to itself alone (an empty softmax is not a number) and stands in no modality group. A restart
+forgets a row's past without touching the cache: that is how the unconditional rows of classifier-free guidance
+begin a picture.
 
 Refuses to feed beyond the cache. Legend: R rows, L tokens fed at once, S slots, D dim.
 """
@@ -17,12 +18,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from moma.modality import Vocabulary, padded_groups
+from moma.model.block import Block
 from moma.model.feed_forward import Mode
 from moma.model.transformer import Transformer
 
@@ -35,19 +37,17 @@ def compute_dtype(model: Transformer) -> torch.dtype:
 
 
 def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:
-    """One zeroed key/value cache per layer, (R, G, S, head dim) each, on the model's device at the compute type."""
+    """One zeroed key/value cache per layer, (R, G, S, head dim) each, on the model's device, of compute type."""
     with _quiet():
         from torchtune.modules import KVCache  # here: importing it takes seconds
-    attention, dtype = model.blocks[0].attention, compute_dtype(model)
+    attention, dtype = cast(Block, model.blocks[0]).attention, compute_dtype(model)
     with model.embedding.weight.device:
-        return [
-            KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks
-        ]
+        return [KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torchao says at import of its own deprecated parts and of kernels that moma does not use."""
+    """Without torchao's remarks at import on its own deprecated parts and on kernels that moma does not use."""
     logger = logging.getLogger("torchao")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,10 +1,11 @@
 """Draws from logits: pure functions, rows of logits (R, V) in, token columns (R,) out.
 
-    guidance -> mask -> repetition penalty -> temperature -> top-k -> top-p -> draw          (Chameleon's order)
+    guidance -> mask -> repetition penalty -> temperature -> top-k -> top-p -> draw    (Chameleon's order)
 
-A draw is the inverse of the cumulative distribution at one uniform number per row and step. Those numbers come from
-a generator per row, seeded by (seed, row): what a row draws does not depend on its company. Disallowed columns hold
--inf. Nothing here waits for the device. Every order among equal logits is (value descending, column ascending).
+A draw is the inverse of the cumulative distribution at one uniform number per row and step. Those numbers come
+from a generator per row, seeded by (seed, row): what a row draws does not depend on its company. Disallowed
+columns hold -inf. Nothing here waits for the device. Order among equal logits is (value descending, column
+ascending).
 
 Legend: R rows, V columns (the ids allowed by the head in use), N steps.
 """
@@ -28,19 +29,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise ValueError(
-                f"got temperature={self.temperature}, need 0 (greedy) or more: 1 is the model's own"
-            )
+            raise ValueError(f"got temperature={self.temperature}, need 0 (greedy) or more: 1 is the model's own")
         if self.top_k < 0:
             raise ValueError(f"got top_k={self.top_k}, need 0 (off) or more: change top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"got top_p={self.top_p}, need above 0 and at most 1 (off): change top_p")
         if not self.repetition_penalty > 0:
             raise ValueError(
-                f"got repetition_penalty={self.repetition_penalty}, need above 0: 1 is off, above 1 discourages"
+                f"got repetition_penalty={self.repetition_penalty}, need above 0: 1 is off, 1.2 discourages"
             )
 
 
+OWN = Sampling()  # the model's own distribution
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -52,12 +52,12 @@ def guided(uncond_RV: Tensor, cond_RV: Tensor, scale: float) -> Tensor:
 def guided_three_way(
     uncond_RV: Tensor, image_RV: Tensor, full_RV: Tensor, image_scale: float, text_scale: float
 ) -> Tensor:
-    """u + s_image (i - u) + s_text (f - i): i sees the pictures, f everything (arXiv 2211.09800 eq. 3, Chameleon)."""
+    """u + s_image (i - u) + s_text (f - i): i sees pictures, f everything (arXiv 2211.09800 eq. 3, Chameleon)."""
     return uncond_RV + image_scale * (image_RV - uncond_RV) + text_scale * (full_RV - image_RV)
 
 
 def penalize_repeats(logits_RV: Tensor, seen_RV: Tensor, penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative logits of `seen_RV` (bool) by `penalty` (arXiv 1909.05858)."""
+    """Divide positive and multiply negative logits where `seen_RV` (bool) by `penalty` (arXiv 1909.05858)."""
     lowered_RV = torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
     return torch.where(seen_RV, lowered_RV, logits_RV)
 
@@ -69,7 +69,7 @@ def keep_top_k(logits_RV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_RV: Tensor, p: float) -> Tensor:
-    """-inf outside the smallest set of most probable columns whose probabilities sum to at least p (1904.09751)."""
+    """-inf outside the smallest set of likeliest columns with a mass of at least p (arXiv 1904.09751)."""
     sorted_RV, order_RV = torch.sort(logits_RV, dim=1, descending=True, stable=True)
     probability_RV = sorted_RV.softmax(1)
     before_RV = probability_RV.cumsum(1) - probability_RV  # 0 in front: the first always stays
@@ -90,9 +90,7 @@ def draw(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
     cumulative_RV = logits_RV.double().softmax(1).cumsum(1)
     total_R1 = cumulative_RV[:, -1:]
     # below the last sum whatever the rounding: a draw must not run past the last column that has probability
-    threshold_R1 = torch.minimum(
-        uniform_R[:, None] * total_R1, total_R1.nextafter(torch.zeros_like(total_R1))
-    )
+    threshold_R1 = torch.minimum(uniform_R[:, None] * total_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
     return (cumulative_RV <= threshold_R1).sum(1)
 
 
@@ -111,7 +109,7 @@ def sample(logits_RV: Tensor, uniform_R: Tensor, sampling: Sampling, seen_RV: Te
 
 
 def row_uniforms(seed: int, rows: Sequence[int], n_steps: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 (R, N) on the CPU, from a generator per row number, seeded by (seed, row)."""
+    """Uniform numbers in [0, 1), float64 (R, N) on the CPU; each row's generator is seeded by (seed, row number)."""
     numbers = []
     for row in rows:
         digest = hashlib.sha256(f"{seed}/{row}".encode()).digest()

@@ -81,9 +81,7 @@ class Attention(nn.Module):
             k_RGLA, v_RGLA = cache.update(k_RGLA, v_RGLA)
         grouped = self.n_heads != self.n_kv_heads
         if isinstance(mask, Tensor):
-            y_RHLA = F.scaled_dot_product_attention(
-                q_RHLA, k_RGLA, v_RGLA, attn_mask=mask, enable_gqa=grouped
-            )
+            y_RHLA = F.scaled_dot_product_attention(q_RHLA, k_RGLA, v_RGLA, attn_mask=mask, enable_gqa=grouped)
         else:
             y_RHLA = _compiled_flex_attention(q_RHLA, k_RGLA, v_RGLA, block_mask=mask, enable_gqa=grouped)
         return self.wo(y_RHLA.transpose(1, 2).reshape(n_rows, length, -1))

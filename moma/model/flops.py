@@ -34,9 +34,7 @@ def parts_of(model: Transformer, row_length: int, modality_shares: tuple[float, 
     embedding = model.vocab_size * dim
     table = {
         "embedding": Part(embedding, embedding, 0, 0),
-        "attention_projections": Part(
-            n * projections, n * projections, 2 * n * projections, 2 * n * projections
-        ),
+        "attention_projections": Part(n * projections, n * projections, 2 * n * projections, 2 * n * projections),
         "attention_scores": Part(0, 0, n * scores, n * causal),
         "feed_forward": _sum([feed_forward_part(b.feed_forward, modality_shares) for b in model.blocks]),
         "routers": _sum([router_part(b.feed_forward) for b in model.blocks]),

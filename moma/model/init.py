@@ -21,10 +21,11 @@ from torch import Tensor, nn
 EMBEDDING_STD = 0.5
 
 
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Initialise every parameter of a `Transformer` in place; raises KeyError for a name the table does not cover."""
-    config = model.config
-    depth_scale = (2 * config.n_layers) ** -0.5 if config.norm_order == "pre" else 1.0
+def init_weights(model: nn.Module, seed: int, depth_scale: float = 1.0) -> None:
+    """Initialise every parameter of a `Transformer` in place; `depth_scale` multiplies the sub-layers' last matrices.
+
+    Raises KeyError for a name the table does not cover.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _init(name, parameter, _generator(seed, name), depth_scale)

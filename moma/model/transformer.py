@@ -118,5 +118,6 @@ def build_model(
     with torch.device("meta"):
         model = Transformer(config, feed_forward, vocab_size, modalities, aux_routers).to(dtype)
     model.to_empty(device=device)
-    init_weights(model, seed)
+    depth_scale = (2 * config.n_layers) ** -0.5 if config.norm_order == "pre" else 1.0
+    init_weights(model, seed, depth_scale)
     return model

@@ -69,9 +69,7 @@ def preprocess(image: Image.Image, size: int, fit: str = "crop") -> np.ndarray:
     if fit == "crop":
         # Resizing the box itself keeps a 1 x 60000 strip from becoming a huge intermediate picture.
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        square = image.resize(
-            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
-        )
+        square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     else:
         square = Image.new("RGB", (size, size), "white")
         inner = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -106,9 +104,7 @@ class ImageTokenizer:
     def encode(self, images: Sequence[Image.Image], fit: str = "crop") -> np.ndarray:
         """Codes int64 (n, h*w) of pictures of any size and mode, raster order; `fit` as in `preprocess`."""
         pixels = [preprocess(image, self.size, fit) for image in images]
-        return self.encode_pixels(
-            np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)
-        )
+        return self.encode_pixels(np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8))
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Codes int64 (n, h*w) of preprocessed pictures uint8 (n, size, size, 3)."""

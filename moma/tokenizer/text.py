@@ -81,9 +81,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     Not `tiktoken.load`: that keeps a copy per path in a cache folder and would serve a stale one.
     """
     if not path.is_file():
-        raise ValueError(
-            f"got no file {path}, need the text ranks: run train_bpe or check the tokenizer's path"
-        )
+        raise ValueError(f"got no file {path}, need the text ranks: run train_bpe or check the tokenizer's path")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:

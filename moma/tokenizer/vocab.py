@@ -121,23 +121,17 @@ def check_vocabulary(vocab: Vocabulary) -> None:
         "image": (vocab.image_start, vocab.image_stop),
         "text": (vocab.text_start, vocab.text_stop),
         **{name: (start, stop) for name, start, stop in vocab.extra_modalities},
-        **{
-            name: (getattr(vocab, name), getattr(vocab, name) + 1)
-            for name in ("bos", "pad", "eos", "boi", "eoi")
-        },
+        **{name: (getattr(vocab, name), getattr(vocab, name) + 1) for name in ("bos", "pad", "eos", "boi", "eoi")},
     }
     for name, (start, stop) in ranges.items():
         if not 0 <= start < stop <= vocab.size:
             raise ValueError(
-                f"got {name} ids [{start}, {stop}), need a range inside [0, {vocab.size}): "
-                f"correct {VOCAB_FILE}"
+                f"got {name} ids [{start}, {stop}), need a range inside [0, {vocab.size}): correct {VOCAB_FILE}"
             )
     ordered = sorted(ranges.items(), key=lambda item: item[1])
     for (name, (_, stop)), (other, (start, _)) in zip(ordered, ordered[1:], strict=False):
         if start < stop:
-            raise ValueError(
-                f"got {name} and {other} ids that overlap at {start}, need one meaning: move one"
-            )
+            raise ValueError(f"got {name} and {other} ids that overlap at {start}, need one meaning: move one")
     if min(vocab.image_grid, default=0) < 1 or len(vocab.image_grid) != 2:
         raise ValueError(f"got image_grid {vocab.image_grid}, need (rows, columns): give both, at least 1")
 

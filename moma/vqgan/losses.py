@@ -41,9 +41,7 @@ class PerceptualLoss(nn.Module):
             if i:  # the first block does not expand
                 block.append(_folded(state, p + "_expand_conv", p + "_bn0"))
             block.append(
-                _folded(
-                    state, p + "_depthwise_conv", p + "_bn1", stride=stride, kernel=kernel, depthwise=True
-                )
+                _folded(state, p + "_depthwise_conv", p + "_bn1", stride=stride, kernel=kernel, depthwise=True)
             )
             block.append(_folded(state, p + "_project_conv", p + "_bn2"))
             self.blocks.append(block)

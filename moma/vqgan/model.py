@@ -255,16 +255,12 @@ def load_vq(folder: Path, device: torch.device | str = "cpu") -> VqModel:
     fields = json.loads((folder / "vqgan.json").read_text())
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(VqConfig)})
     if unknown:
-        raise ValueError(
-            f"got unknown keys {unknown} in {folder / 'vqgan.json'}, need fields of VqConfig: remove them"
-        )
+        raise ValueError(f"got unknown keys {unknown} in {folder / 'vqgan.json'}, need fields of VqConfig: remove them")
     with torch.device("meta"):
         model = VqModel(VqConfig(**fields))
     weights = {name: t.float() for name, t in load_file(folder / "vqgan.safetensors").items()}
     want = {name: t.shape for name, t in model.state_dict().items()}
-    wrong = sorted(
-        n for n in want.keys() | weights.keys() if n not in weights or weights[n].shape != want.get(n)
-    )
+    wrong = sorted(n for n in want.keys() | weights.keys() if n not in weights or weights[n].shape != want.get(n))
     if wrong:
         raise ValueError(
             f"got weights that do not fit in {folder / 'vqgan.safetensors'} ({len(wrong)} names, first "

@@ -60,9 +60,7 @@ class VectorQuantizer(nn.Module):
     `ema`: the code book follows `update_codebook` and gets no gradient.
     """
 
-    def __init__(
-        self, n_embed: int, embed_dim: int, *, beta: float = 0.25, legacy: bool = True, ema: bool = False
-    ):
+    def __init__(self, n_embed: int, embed_dim: int, *, beta: float = 0.25, legacy: bool = True, ema: bool = False):
         super().__init__()
         self.beta, self.legacy, self.ema = beta, legacy, ema
         self.embedding = nn.Embedding(n_embed, embed_dim)

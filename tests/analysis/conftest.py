@@ -93,9 +93,7 @@ def losses(text: float, image: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def write_eval(
-    folder: Path, run: Path, experts: dict[str, int] | None, layers: int = 6, seed: int = 0
-) -> None:
+def write_eval(folder: Path, run: Path, experts: dict[str, int] | None, layers: int = 6, seed: int = 0) -> None:
     """eval.json of a model: dense (`causal`), or sparse with trained routers (`train` and `aux`, maps)."""
     rng = np.random.default_rng(seed)
     text, image = (3.5, 4.22) if experts is None else (3.3, 3.95)
@@ -136,9 +134,7 @@ def _routers(experts: dict[str, int], layers: int, rng: np.random.Generator) -> 
                 angle = 2 * math.pi * (e / n) + 0.7 * layer
                 cy, cx = 0.5 + 0.42 * math.sin(angle), 0.5 + 0.42 * math.cos(angle)
                 far = (y - cy) ** 2 + (x - cx) ** 2
-                grids.append(
-                    np.exp(-far / (0.05 + 0.03 * layer)) + 0.05 if m == "image" else np.zeros((8, 8))
-                )
+                grids.append(np.exp(-far / (0.05 + 0.03 * layer)) + 0.05 if m == "image" else np.zeros((8, 8)))
         total = np.maximum(sum(grids), 1e-9)
         for mode in place:
             noise = 0.02 if mode == "train" else 0.06
@@ -218,9 +214,7 @@ def write_study(
     for seed in seeds:
         dense = write_run(root / f"runs/tiny-dense-s{seed}", None, seed, lines)
         sparse = write_run(root / f"runs/tiny-moe_4t4i-s{seed}", experts, seed, lines)
-        aux = write_run(
-            root / f"runs/tiny-moe_4t4i-aux_routers-s{seed}", experts, seed, 12, 0, "aux_routers", sparse
-        )
+        aux = write_run(root / f"runs/tiny-moe_4t4i-aux_routers-s{seed}", experts, seed, 12, 0, "aux_routers", sparse)
         write_eval(dense, dense, None, layers, seed)
         write_eval(aux, aux, experts, layers, seed)
         runs += [dense, sparse, aux]

@@ -116,9 +116,7 @@ def test_token_dtype(tmp_path: Path) -> None:
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"got no manifest\.json in .* need a prepared corpus: run `moma prepare`"
-    ):
+    with pytest.raises(ValueError, match=r"got no manifest\.json in .* need a prepared corpus: run `moma prepare`"):
         read_manifest(tmp_path)
 
 
@@ -131,9 +129,7 @@ def test_other_format(tmp_path: Path) -> None:
 def test_other_tokenizer(tmp_path: Path) -> None:
     corpus = _corpus(tmp_path, _documents())
     assert list(open_corpus(corpus, "train", "h1")) == ["a"]
-    with pytest.raises(
-        ValueError, match=r"got .* hash h1, need the run's tokenizer with hash h2: prepare it again"
-    ):
+    with pytest.raises(ValueError, match=r"got .* hash h1, need the run's tokenizer with hash h2: prepare it again"):
         open_corpus(corpus, "train", "h2")
 
 
@@ -152,26 +148,20 @@ def test_truncated_shard(tmp_path: Path, file: str) -> None:
     path = _corpus(tmp_path, _documents(mask=True)) / "train" / "a" / file
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(
-        ValueError, match=rf"got {len(whole) - 1} bytes in .*{file}, need {len(whole)} as in the"
-    ):
+    with pytest.raises(ValueError, match=rf"got {len(whole) - 1} bytes in .*{file}, need {len(whole)} as in the"):
         open_source(tmp_path, "train", "a")
 
 
 def test_missing_shard(tmp_path: Path) -> None:
     (_corpus(tmp_path, _documents()) / "train" / "a" / "shard-00001.index.npz").unlink()
-    with pytest.raises(
-        ValueError, match=r"got no file .*shard-00001\.index\.npz, need every shard of the manifest"
-    ):
+    with pytest.raises(ValueError, match=r"got no file .*shard-00001\.index\.npz, need every shard of the manifest"):
         open_source(tmp_path, "train", "a")
 
 
 def test_index_of_another_shard(tmp_path: Path) -> None:
     folder = _corpus(tmp_path, _documents()) / "train" / "a"
     (folder / "shard-00001.index.npz").write_bytes((folder / "shard-00000.index.npz").read_bytes())
-    with pytest.raises(
-        ValueError, match=r"got an index .* that does not tile its \d+ documents, need the one"
-    ):
+    with pytest.raises(ValueError, match=r"got an index .* that does not tile its \d+ documents, need the one"):
         open_source(tmp_path, "train", "a")
 
 
@@ -181,7 +171,5 @@ def test_changed_byte(tmp_path: Path) -> None:
     content[3] ^= 1
     path.write_bytes(content)
     open_source(tmp_path, "train", "a")  # sizes fit: only reading everything can tell
-    with pytest.raises(
-        ValueError, match=r"got .*tokens\.bin with another sha256 than the manifest's, need the file"
-    ):
+    with pytest.raises(ValueError, match=r"got .*tokens\.bin with another sha256 than the manifest's, need the file"):
         verify_corpus(tmp_path)

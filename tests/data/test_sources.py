@@ -83,14 +83,9 @@ def test_no_concept_on_both_sides(listed: dict[str, list[RawDocument]]) -> None:
         for document in documents:
             sides[split_of(document, 0.05, "moma-split-1")].add(document.key)
     assert sides["val"] and not sides["train"] & sides["val"]
-    held_out = {
-        concept_key(_text(d)) for name in ("twemoji", "openmoji") for d in listed[name] if is_held_out(d.key)
-    }
+    held_out = {concept_key(_text(d)) for name in ("twemoji", "openmoji") for d in listed[name] if is_held_out(d.key)}
     trained = {
-        concept_key(_text(d))
-        for name in ("twemoji", "openmoji")
-        for d in listed[name]
-        if not is_held_out(d.key)
+        concept_key(_text(d)) for name in ("twemoji", "openmoji") for d in listed[name] if not is_held_out(d.key)
     }
     assert len(held_out) > 50 and not held_out & trained
 
@@ -213,9 +208,7 @@ def test_interleaved_bad_line(tmp_path: Path, record: object) -> None:
 
 def test_interleaved_picture_outside(tmp_path: Path) -> None:
     folder = _mine(tmp_path, {"id": "d", "segs": [{"i": "../documents.jsonl"}]})
-    with pytest.raises(
-        ValueError, match=r"got picture '../documents\.jsonl' outside of .* need a file inside"
-    ):
+    with pytest.raises(ValueError, match=r"got picture '../documents\.jsonl' outside of .* need a file inside"):
         list(_read(folder))
 
 
@@ -225,9 +218,7 @@ def test_interleaved_no_such_file(tmp_path: Path) -> None:
 
 
 def test_missing_package() -> None:
-    with pytest.raises(
-        ValueError, match="got no package 'no-such', need it for this source: pip install no-such"
-    ):
+    with pytest.raises(ValueError, match="got no package 'no-such', need it for this source: pip install no-such"):
         package_folder("no-such", "no_such_module")
 
 

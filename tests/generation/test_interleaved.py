@@ -1,4 +1,4 @@
-"""The state machine: cached generation equals the full causal forward pass without cache, row by row, in float64."""
+"""The state machine: cached generation equals full forward passes without cache, row by row, in float64."""
 
 import pytest
 import torch
@@ -180,15 +180,11 @@ def test_models_without_routers_are_causal_in_every_mode(variants, make_model):
 
 def test_the_training_rule_is_refused(variants, make_model):
     model = make_model(variants["moe_4t4i"], aux_routers=True)
-    text = (
-        r"got mode=train for generation, need aux \(expert choice sees the future\): .*objective=aux_routers"
-    )
+    text = r"got mode=train for generation, need aux \(expert choice sees the future\): .*objective=aux_routers"
     with pytest.raises(ValueError, match=text):
         causal_mode(model, "train")
     assert causal_mode(model, "aux") == "aux"
-    with pytest.raises(
-        ValueError, match="got a model without auxiliary routers, need them to generate in mode aux"
-    ):
+    with pytest.raises(ValueError, match="got a model without auxiliary routers, need them to generate in mode aux"):
         causal_mode(make_model(variants["moe_4t4i"]), "aux")
 
 
@@ -207,7 +203,7 @@ def test_prompts_must_begin_documents(vocabulary):
     cases = [
         (
             [],
-            "got prompt 7 without BOS in front, need the beginning of a document: encode it as the corpus does",
+            "got prompt 7 without BOS in front, need the beginning of a document: encode it as the corpus",
         ),
         ([t], "without BOS in front"),
         ([v.bos, i], f"with id {i} at 1, need text or BOI there"),

@@ -79,9 +79,7 @@ def test_a_restart_forgets_the_past(variant, make_model):
             more = three[place] if place < len(three) else vocab.text_start
             restart = torch.tensor([place == 0, False])
             states = decoder.feed(torch.tensor([[token], [more]]), torch.tensor([[True], [True]]), restart)
-            torch.testing.assert_close(
-                states[0], whole(model, one[: place + 1], vocab, "aux")[-1], rtol=0, atol=1e-10
-            )
+            torch.testing.assert_close(states[0], whole(model, one[: place + 1], vocab, "aux")[-1], rtol=0, atol=1e-10)
 
 
 def test_caches_hold_the_type_that_is_computed_in(variants, make_model):

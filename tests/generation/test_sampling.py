@@ -87,9 +87,7 @@ def test_top_p(p, ties):
 def test_repetition_penalty():
     logits, seen = random_logits(1), random_logits(2) > 0
     rows = zip(logits.tolist(), seen.tolist(), strict=True)
-    assert torch.equal(
-        penalize_repeats(logits, seen, 1.3), tensor([naive_penalty(v, s, 1.3) for v, s in rows])
-    )
+    assert torch.equal(penalize_repeats(logits, seen, 1.3), tensor([naive_penalty(v, s, 1.3) for v, s in rows]))
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -102,9 +100,7 @@ def test_guidance_forms():
         [u + 1.2 * (i - u) + 3.0 * (f - i) for u, i, f in zip(*row, strict=True)]
         for row in zip(none.tolist(), image.tolist(), full.tolist(), strict=True)
     ]
-    torch.testing.assert_close(
-        guided_three_way(none, image, full, 1.2, 3.0), tensor(expected), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(guided_three_way(none, image, full, 1.2, 3.0), tensor(expected), rtol=1e-12, atol=1e-12)
     # equal scales: the image row drops out, and scale 1 is the conditional row itself
     torch.testing.assert_close(guided_three_way(none, image, full, 3.0, 3.0), guided(none, full, 3.0))
     torch.testing.assert_close(guided(none, full, 1.0), full, rtol=1e-12, atol=1e-12)

@@ -1,7 +1,7 @@
 """The sparse layer against loops: float64, one token and one expert at a time, written from MoMa Eq. 1.
 
-    g_e(x) = sigmoid(x . W_g[:, e]) if e chose x else 0          y = sum_e g_e(x) W2_e (silu(x W1_e) * (x W3_e))
-    expert e chooses floor(N / |E|) of its group's N tokens, best score first, lower index first among equals
+g_e(x) = sigmoid(x . W_g[:, e]) if e chose x else 0          y = sum_e g_e(x) W2_e (silu(x W1_e) * (x W3_e))
+expert e chooses floor(N / |E|) of its group's N tokens, best score first, lower index first among equals
 """
 
 import math

@@ -137,18 +137,14 @@ def test_one_graph_serves_every_block_and_batch(variant, padded, norm_order, mak
             torch.testing.assert_close(loss_c, loss, rtol=1e-12, atol=0)
             torch.testing.assert_close(h_c_RLD, h_RLD, rtol=1e-11, atol=1e-12)
             for name in grads:
-                torch.testing.assert_close(
-                    grads_c[name.replace("_orig_mod.", "")], grads[name], rtol=1e-9, atol=1e-12
-                )
+                torch.testing.assert_close(grads_c[name.replace("_orig_mod.", "")], grads[name], rtol=1e-9, atol=1e-12)
             for a, b in zip(stats, stats_c, strict=True):
                 assert torch.equal(a.selected_TE, b.selected_TE)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(
-    not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="Inductor needs a C++ compiler"
-)
+@pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("name", ["dense", "moe_4t4i"])
 def test_inductor_equals_eager(name, variants, make_batch, make_model):
     torch._dynamo.reset()

@@ -13,9 +13,7 @@ from moma.tokenizer.vocab import write_vocabulary
 def text(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     folder = tmp_path_factory.mktemp("asset")
     write_ranks(folder / RANKS_FILE, {bytes([i]): i for i in range(256)})
-    return TextTokenizer.load(
-        folder, write_vocabulary(folder, text_size=256, image_codes=8, image_grid=(2, 2))
-    )
+    return TextTokenizer.load(folder, write_vocabulary(folder, text_size=256, image_codes=8, image_grid=(2, 2)))
 
 
 CODES = np.array([[0, 7], [3, 1]])
@@ -23,9 +21,7 @@ CODES = np.array([[0, 7], [3, 1]])
 
 def test_layout(text: TextTokenizer) -> None:
     vocab = text.vocab
-    document = encode_document(
-        [[Picture(CODES), Text("ab")], Text("c"), [Text("")], [Text("d")]], text, vocab
-    )
+    document = encode_document([[Picture(CODES), Text("ab")], Text("c"), [Text("")], [Text("d")]], text, vocab)
     letter = {c: vocab.text_start + ord(c) for c in "abcd"}
     picture = [vocab.boi, *(4 + CODES.reshape(-1)), vocab.eoi]
     expected = [vocab.bos, *picture, letter["a"], letter["b"], letter["c"], letter["d"], vocab.eos]
@@ -73,16 +69,12 @@ def test_picture_without_codes(text: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("codes", [[1, 2, 3], [1, 2, 3, 8], [1, 2, 3, -1], []])
 def test_codes_of_another_tokenizer(text: TextTokenizer, codes: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"image codes from .* need 4 in \[0, 8\): use the image tokenizer that"
-    ):
+    with pytest.raises(ValueError, match=r"image codes from .* need 4 in \[0, 8\): use the image tokenizer that"):
         encode_document([Picture(np.array(codes, np.int64))], text, text.vocab)
 
 
 def test_broken_picture_block(text: TextTokenizer) -> None:
     tokens = encode_document([[Text("a"), Picture(CODES)]], text, text.vocab).tokens
     for broken in (tokens[:5], np.delete(tokens, 4), np.insert(tokens, 4, text.vocab.text_start)):
-        with pytest.raises(
-            ValueError, match="got a picture at token 2 that is not begin, 4 codes, end; need a whole"
-        ):
+        with pytest.raises(ValueError, match="got a picture at token 2 that is not begin, 4 codes, end; need a whole"):
             decode_document(broken, text, text.vocab)

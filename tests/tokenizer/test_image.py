@@ -27,9 +27,7 @@ def encoded(image, format="PNG", **options):
 @pytest.fixture(scope="module")
 def tokenizer():
     torch.manual_seed(0)
-    config = VqConfig(
-        resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16
-    )
+    config = VqConfig(resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16)
     model = VqModel(config)
     with torch.no_grad():
         model.quantize.embedding.weight.mul_(20)
@@ -66,16 +64,12 @@ def test_open_names_a_truncated_file(format):
 
 def test_truncated_message():
     data = encoded(picture(200, 200), "JPEG")
-    with pytest.raises(
-        ValueError, match="truncated or damaged .*need a complete picture: fetch it again or remove it"
-    ):
+    with pytest.raises(ValueError, match="truncated or damaged .*need a complete picture: fetch it again or remove it"):
         open_image(data[: len(data) // 2], "x.jpg")
 
 
 def test_open_refuses_large_pictures_before_decoding_them():
-    with pytest.raises(
-        ValueError, match="got big.png with 40x30 pixels, need at most 1000 pixels: shrink or remove"
-    ):
+    with pytest.raises(ValueError, match="got big.png with 40x30 pixels, need at most 1000 pixels: shrink or remove"):
         open_image(encoded(picture()), "big.png", max_pixels=1000)
     # A header that claims 60000 x 60000 pixels in a few bytes.
     bomb = bytearray(encoded(picture(1, 1)))

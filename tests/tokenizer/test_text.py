@@ -18,9 +18,7 @@ def small() -> TextTokenizer:
 
 def _bytes_only(folder: Path) -> TextTokenizer:
     write_ranks(folder / RANKS_FILE, {bytes([i]): i for i in range(256)})
-    return TextTokenizer.load(
-        folder, write_vocabulary(folder, text_size=256, image_codes=8, image_grid=(2, 2))
-    )
+    return TextTokenizer.load(folder, write_vocabulary(folder, text_size=256, image_codes=8, image_grid=(2, 2)))
 
 
 def _samples() -> list[str]:

@@ -95,9 +95,7 @@ def test_range_outside(folder: Path) -> None:
 
 
 def test_overlap(folder: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"got eoi and image ids that overlap at 4, need one meaning: move one"
-    ):
+    with pytest.raises(ValueError, match=r"got eoi and image ids that overlap at 4, need one meaning: move one"):
         check_vocabulary(replace(load_vocabulary(folder), eoi=4, image_start=4))
 
 

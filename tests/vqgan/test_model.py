@@ -6,9 +6,7 @@ import torch
 
 from moma.vqgan.model import CHAMELEON, VqConfig, VqModel, load_vq, save_vq
 
-TINY = VqConfig(
-    resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16, ema=True
-)
+TINY = VqConfig(resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16, ema=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +84,7 @@ def test_chameleon_grid_and_shapes():
         assert model.decode(z).shape == (1, 3, 512, 512)
 
 
-@pytest.mark.parametrize(
-    "groups, counts", [(32, {(8, 24), (16, 48), (32, 96)}), (4, {(4, 24), (4, 48), (4, 96)})]
-)
+@pytest.mark.parametrize("groups, counts", [(32, {(8, 24), (16, 48), (32, 96)}), (4, {(4, 24), (4, 48), (4, 96)})])
 def test_number_of_norm_groups(groups, counts):
     config = VqConfig(
         resolution=16, ch=24, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16,

@@ -20,9 +20,7 @@ def reference_codes(z, codebook):
     """Plain loops: the first code of smallest distance."""
     codes = []
     for vector in z.tolist():
-        distances = [
-            sum((a - b) ** 2 for a, b in zip(vector, code, strict=True)) for code in codebook.tolist()
-        ]
+        distances = [sum((a - b) ** 2 for a, b in zip(vector, code, strict=True)) for code in codebook.tolist()]
         codes.append(distances.index(min(distances)))
     return codes
 
@@ -77,9 +75,7 @@ def test_loss_terms_and_their_gradients(options, commit_weight, book_weight):
     torch.testing.assert_close(z.grad, commit_weight * 2 * gap / gap.numel())
     if book_weight:
         expected = torch.zeros(7, 3, dtype=torch.float64)
-        for code, vector in zip(
-            result.codes.flatten().tolist(), gap.permute(0, 2, 3, 1).reshape(-1, 3), strict=True
-        ):
+        for code, vector in zip(result.codes.flatten().tolist(), gap.permute(0, 2, 3, 1).reshape(-1, 3), strict=True):
             expected[code] -= book_weight * 2 * vector / gap.numel()
         torch.testing.assert_close(module.embedding.weight.grad, expected)
     else:

@@ -95,9 +95,7 @@ def read_slice(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _segment(
-    entry: dict[str, Any], find: Callable[[str], Picture], config: InterleavedConfig
-) -> tuple[Part, ...]:
+def _segment(entry: dict[str, Any], find: Callable[[str], Picture], config: InterleavedConfig) -> tuple[Part, ...]:
     if "t" in entry:
         return (Text(entry["t"]),)
     captions = [entry[field] for field in _CAPTIONS[config.captions] if entry.get(field)]
@@ -115,9 +113,7 @@ def _finder(pictures: Path) -> Callable[[str], Picture]:
 def _in_folder(folder: Path, name: str) -> Picture:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder):
-        raise ValueError(
-            f"got picture {name!r} outside of {folder}, need a file inside: correct the documents"
-        )
+        raise ValueError(f"got picture {name!r} outside of {folder}, need a file inside: correct the documents")
     return Picture(path.read_bytes, place=str(path))
 
 

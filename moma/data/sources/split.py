@@ -31,9 +31,7 @@ _SYNONYMS = {
     "mx": "",
     "mr": "",
 }
-_GENDER = re.compile(
-    r"(?:(?:wo)?m[ae]n|boys?|girls?|persons?|people|(?:fe)?male|adults?|child(?:ren)?)(?:'s)?"
-)
+_GENDER = re.compile(r"(?:(?:wo)?m[ae]n|boys?|girls?|persons?|people|(?:fe)?male|adults?|child(?:ren)?)(?:'s)?")
 
 
 def concept_key(name: str) -> str:

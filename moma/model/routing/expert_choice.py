@@ -49,9 +49,7 @@ def select(score_NE: Tensor, share: Fraction, valid_N: Tensor | None) -> tuple[T
     if valid_N is None:
         order_EN = torch.sort(score_EN, dim=1, descending=True, stable=True).indices
         return order_EN[:, :k].sort(dim=1).values, None
-    order_EN = torch.sort(
-        score_EN.masked_fill(~valid_N, -torch.inf), dim=1, descending=True, stable=True
-    ).indices
+    order_EN = torch.sort(score_EN.masked_fill(~valid_N, -torch.inf), dim=1, descending=True, stable=True).indices
     n_kept = (share.numerator * valid_N.sum()) // share.denominator
     rank_K = torch.arange(k, device=score_NE.device)
     # dropped slots get a token number beyond every real one, so that sorting moves them to the end

@@ -1,0 +1,168 @@
+"""The page stands alone, escapes data, names routing modes and claims no more than the seeds allow."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from moma.analysis import report
+from moma.analysis.runs import collect
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of one pixel, for tests of the words."""
+
+    def save(figure: object, path: Path, palette: bool = True) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (1, 1)).save(path)
+
+    monkeypatch.setattr(report.figures, "save", save)
+
+
+class Checker(HTMLParser):
+    """Collects tags, addresses and text; complains about tags that do not close."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    return checker
+
+
+@pytest.fixture(scope="module")
+def page(study: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    runs = collect(study["runs"])
+    generations = [report.read_generations(folder, runs) for folder in study["generations"]]
+    record = {
+        "stages": {"prepare <x>": {"cpu_s": 90.0, "wall_s": 50.0, "command": "moma prepare name='<emoji>'"}},
+        "machine": {"cpu": "two & more"},
+    }
+    return report.write_report(runs, generations, out, record)
+
+
+def test_the_page_stands_alone(page: Path) -> None:
+    found = check(page.read_text())
+    assert all(address.startswith("data:image/png;base64,") for address in found.addresses)
+    assert found.tags.isdisjoint({"script", "link", "iframe", "object", "base"})
+    assert page.stat().st_size < report.MOST_BYTES
+    names = {path.name for path in (page.parent / "figures").iterdir()}
+    assert {"loss.png", "pictures.png", "shares-moe_4t4i.png", "places-moe_4t4i.png", "routers-moe_4t4i.png"} == names
+
+
+def test_data_are_escaped(page: Path) -> None:
+    text = page.read_text()
+    for planted in ("<b>not bold</b>", "<script>", "<emoji>", "prepare <x>"):
+        assert planted not in text
+        assert planted in check(text).text
+
+
+def test_numbers_name_their_routing_mode(page: Path) -> None:
+    text = check(page.read_text()).text
+    for words in (
+        "dense (causal)",
+        "moe_4t4i (aux)",
+        "train: expert choice, sees the future",
+        "see the future (train)",
+    ):
+        assert words in text
+    assert "dense: causal, moe_4t4i: aux" in text  # the pictures
+    assert "a full moon by dense" in text and "moma prepare" in text and "two & more" in text
+
+
+def test_costs_come_from_the_metrics(page: Path) -> None:
+    rows = re.findall(r"<tr>(.*?)</tr>", page.read_text())
+    (row,) = [row for row in rows if row.startswith("<td>dense</td>") and "4,000" in row]
+    # 300 steps of 2,048 tokens at 4,000 tokens/s
+    assert re.findall(r"<td.*?>(.*?)</td>", row)[6:] == ["0.61", "18.4", "4,000", "154"]
+
+
+def test_one_seed_gives_no_verdict(page: Path) -> None:
+    text = check(page.read_text()).text
+    assert "One seed: no verdict on quality." in text and "moe_4t4i is better" not in text
+    found = json.loads((page.parent / "summary.json").read_text())
+    assert {row["verdict"] for row in found["held_out"]} == {"one seed: no verdict"}
+    assert [row["targets"] for row in found["eta"]] == ["overall", "text", "image"]
+
+
+def test_the_same_study_gives_the_same_page(study: dict, undrawn: None, tmp_path: Path) -> None:
+    runs = collect(study["runs"])
+    first = report.write_report(runs, [], tmp_path / "a").read_bytes()
+    assert first == report.write_report(runs, [], tmp_path / "b").read_bytes()
+
+
+def test_a_lone_run_has_a_page_without_a_verdict(study: dict, undrawn: None, tmp_path: Path) -> None:
+    text = check(report.write_report(collect(study["runs"][:1]), [], tmp_path).read_text()).text
+    assert "No verdict: it needs a dense and a sparse run" in text
+    assert not re.search(r"\b(nan|None)\b", text.split("configuration of")[0])
+
+
+def test_unequal_conditions_are_said(study: dict, undrawn: None, tmp_path: Path) -> None:
+    runs = collect(study["runs"])
+    runs[1].metrics["flops"][:] *= 1.5
+    runs[1].eval["micro_batches"] = 3  # type: ignore[index]
+    text = check(report.write_report(runs, [], tmp_path).read_text()).text
+    assert "Training FLOPs differ: moe_4t4i had 1.50 times those of dense" in text
+    assert "Held-out sets differ: [24, 3] micro-batches" in text
+
+
+def test_bad_generations_are_refused(study: dict, undrawn: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got no .*generations.json, need a folder that `moma generate` wrote"):
+        report.read_generations(tmp_path, [])
+    folder = tmp_path / "made"
+    shutil.copytree(study["generations"][0], folder)
+    record = json.loads((folder / "generations.json").read_text())
+
+    def write(entries: list) -> report.Generations:
+        (folder / "generations.json").write_text(json.dumps(record | {"entries": entries}))
+        return report.read_generations(folder, [])
+
+    assert write([]).label == "dense"
+    with pytest.raises(ValueError, match=r"got a damaged .*generations.json .*need entries with prompt and kind"):
+        write([{"prompt": "x"}])
+    runs = collect(study["runs"])
+    for name, message in (
+        ("../../secret.png", r"got the file ../../secret.png of .*, need one inside that folder"),
+        ("missing.png", r"got an unreadable .*missing.png .*, need a PNG: run moma generate again"),
+        ("generations.json", "got an unreadable .*generations.json"),
+    ):
+        made = write([{"kind": "picture", "prompt": "x", "files": [name], "real": None}])
+        with pytest.raises(ValueError, match=message):
+            report.write_report(runs, [made], tmp_path / "out")
+
+
+def test_no_runs_and_huge_pages_are_refused(
+    study: dict, undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="got no runs, need at least one: add run folders to runs="):
+        report.write_report([], [], tmp_path)
+    monkeypatch.setattr(report, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"got a page of .* MB, need at most 0 MB: name fewer runs or generations"):
+        report.write_report(collect(study["runs"]), [], tmp_path)
