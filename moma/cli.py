@@ -76,7 +76,7 @@ def _verbs() -> str:
 
 
 def _help(verb: str, overrides: list[str]) -> str:
-    mapping, choices = raw(verb, overrides)
+    mapping, choices = raw(verb, overrides, complete=False)
     lines = [f"moma {verb}: {VERBS[verb].phrase}", ""]
     if choices:
         width = max(map(len, choices))

@@ -104,8 +104,11 @@ def compose(verb: str, overrides: list[str]) -> Composed:
     return Composed(config, choices, plain(config))
 
 
-def raw(verb: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Hydra's part of `compose`: the resolved mapping and the option chosen in each config group."""
+def raw(verb: str, overrides: list[str], complete: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
+    """Hydra's part of `compose`: the resolved mapping and the option chosen in each config group.
+
+    `complete=False` leaves mandatory values that are not given as "???" (for help).
+    """
     for override in overrides:
         if re.match(r"[+~]*hydra[./](?!searchpath=)", override):
             raise ValueError(f"got {override!r}, need a key of moma: of Hydra's own, only hydra.searchpath counts")
@@ -116,7 +119,7 @@ def raw(verb: str, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]
             composed = hydra_compose(verb, rest, return_hydra_config=True)
         chosen = composed.hydra.runtime.choices.items()
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        mapping = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+        mapping = OmegaConf.to_container(own, resolve=True, throw_on_missing=complete)
     except (HydraException, OmegaConfBaseException, OSError) as error:
         raise ValueError(_explain(verb, overrides, str(error))) from error
     choices = {str(k): str(v) for k, v in chosen if v is not None and not str(k).startswith("hydra/")}
@@ -150,7 +153,7 @@ def _explain(verb: str, overrides: list[str], error: str) -> str:
         group, option, names = found[1], found[2], found[3].split()
         return f"got {group}={option}, need one of {', '.join(names)}{nearest(option, names)}"
     if found := re.search(r"Could not override '([^']+)'", error):
-        mapping, choices = raw(verb, [])
+        mapping, choices = raw(verb, [], complete=False)
         if found[1] in {**leaves(mapping), **mapping}:
             return f"got new keys for {found[1]}, need them one by one: +{found[1]}.NAME=VALUE"
         hint = nearest(found[1], [*leaves(mapping), *mapping, *choices])

@@ -141,7 +141,8 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"{name:24}{part['params']:>16,}{part['params_active']:>16,}{part['flops'] / 1e6:>18.3f}")
     forward, causal = result["flops_per_token_forward"], result["flops_per_token_forward_causal"]
     print(f"{'total':24}{result['params_total']:>16,}{result['params_active']:>16,}{forward / 1e6:>18.3f}")
-    print(f"training: {result['flops_per_token_train'] / 1e6:.3f} MFLOP/token (attention in full; "
-          f"forward {causal / 1e6:.3f} with its causal half), {result['tokens_per_step']:,} tokens per step")  # fmt: skip
+    train, tokens = result["flops_per_token_train"] / 1e6, result["tokens_per_step"]
+    print(f"training: {train:.3f} MFLOP/token (attention in full), {tokens:,} tokens per step")
+    print(f"forward with the causal half of attention: {causal / 1e6:.3f} MFLOP/token")
     sizes = (f"{kind} {size / 2**20:,.1f} MiB" for kind, size in result["memory"].items())
     print(f"memory:   {', '.join(sizes)}")

@@ -25,6 +25,7 @@ from moma.data.batch import Batch, build_batch
 from moma.data.loader import Loader
 from moma.data.plan import Plan, PlanShape
 from moma.data.shards import corpus_hash, open_corpus
+from moma.distributed import ParallelConfig, autocast, choose_device, choose_precision, compile_blocks
 from moma.evaluation import perplexity
 from moma.log import LogConfig, Progress, RunLog
 from moma.meter import Meter
@@ -72,15 +73,6 @@ class SeedConfig:
 
     data: int = 0
     init: int = 0
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Where and how a step runs; free to change on resume."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
-    threads: int | None = None  # CPU threads; None: as torch finds them
 
 
 @dataclass(frozen=True)
@@ -136,29 +128,6 @@ def default_run_dir(composed: Composed) -> Path:
     return Path("runs") / choices["data"] / "-".join([*parts, seed])
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device a configuration asks for; raises ValueError for a GPU that is not there."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("got device=cuda, need a GPU that torch sees: use device=cpu or auto")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
-
-
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """bf16 where the hardware multiplies it natively, else fp32; decided once, at the first start of a run."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The stated policy: matmuls in bf16 over fp32 master weights, or everything in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     """Run (or resume) `config` in `run_dir`; see the module docstring. Raises ValueError for a user's mistake."""
     if config.parallel.threads:
@@ -196,16 +165,14 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     }
     if newest:
         checkpoint.load(newest, state)
-    if config.parallel.compile == "on" or (config.parallel.compile == "auto" and device.type == "cuda"):
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+    compile_blocks(model, config.parallel, device)
 
     flops = totals(parts_of(model, config.data.row_length, config.data.modality_shares(vocab)))
     flops_per_token = flops["flops_per_token_train"]
     tokens_per_step = config.data.tokens_per_step
     total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
     learning_rate(0, total, config.optim, tokens_per_step, flops_per_token)  # refuses bad schedules before work
-    run = _Run(config, run_dir, vocab, model, optimizer, state, identity, device, precision, total)
+    run = _Run(config, run_dir, vocab, model, optimizer, identity, device, precision, total, meta.get("window", {}))
     run.print_plan(flops, sources, meta.get("step", 0))
     loader = Loader(plan, dict(sources), vocab, state=meta.get("data"))
     meter = Meter(None, state=meta.get("meter"))
@@ -242,7 +209,8 @@ def load_parameters(model: Transformer, run_dir: Path, new_aux: bool) -> None:
         first = [*missing, *extra, *shapes][0]
         raise ValueError(
             f"got init_from={run_dir} whose parameters differ from this model's ({first} and "
-            f"{len(missing) + len(extra) + len(shapes) - 1} more), need the same model and feed_forward: use its overrides"
+            f"{len(missing) + len(extra) + len(shapes) - 1} more), need the same model and feed_forward: "
+            "use its overrides"
         )
     model.load_state_dict(tensors, strict=False)
 
@@ -279,11 +247,11 @@ class _Run:
     vocab: Vocabulary
     model: Transformer
     optimizer: torch.optim.Optimizer
-    state: dict[str, Any]
     identity: dict[str, Any]
     device: torch.device
     precision: str
     total: int
+    window: dict[str, list[float]]
     stop_asked: bool = False
 
     def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog, flops_per_token: float) -> int:
@@ -294,7 +262,8 @@ class _Run:
         eval_every = config.eval.interval and max(1, config.eval.interval.to_steps(*units, self.total))
         save_every = max(1, config.checkpoint.interval.to_steps(*units, self.total))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        progress, window, data_state = Progress(config.objective.kind, self.total, step), {}, loader.state
+        progress, data_state = Progress(config.objective.kind, self.total, step), loader.state
+        window = {name: torch.tensor(tally, device=self.device) for name, tally in self.window.items()}
         with self._signals():
             while step < self.total and not self.stop_asked:
                 logs = (step + 1) % config.log.interval == 0 or step + 1 == self.total
@@ -304,17 +273,20 @@ class _Run:
                     for _ in range(config.data.accumulation):
                         batch, data_state = next(stream)
                         batches.append(batch.to(self.device))
-                denominator = sum(batch.n_targets for batch in batches)
-                for batch in batches:
-                    with autocast(self.precision, self.device):
-                        loss, tallies = objective(config.objective, self.model, batch, denominator, self.vocab, logs)
-                    loss.backward()
-                    _add(window, tallies)
-                grad_norm = clip_(parameters, config.optim.clip_norm)
-                lr = learning_rate(step, self.total, config.optim, *units)
-                set_learning_rate(self.optimizer, lr)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                with meter.time("train"):
+                    denominator = sum(batch.n_targets for batch in batches)
+                    for batch in batches:
+                        with autocast(self.precision, self.device):
+                            loss, tallies = objective(
+                                config.objective, self.model, batch, denominator, self.vocab, logs
+                            )
+                        loss.backward()
+                        _add(window, tallies)
+                    grad_norm = clip_(parameters, config.optim.clip_norm)
+                    lr = learning_rate(step, self.total, config.optim, *units)
+                    set_learning_rate(self.optimizer, lr)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=True)
                 step += 1
                 meter.add(units[0], units[0] * flops_per_token)
                 # -------------------------------------------------------------------------------------------------
@@ -331,6 +303,7 @@ class _Run:
                     progress.update(step, _summary(values))
                 if step % save_every == 0 or step == self.total or self.stop_asked:
                     with meter.time("checkpoint"):
+                        self.window = {name: tally.tolist() for name, tally in window.items()}
                         self._save(step, data_state, meter, log)
         progress.close()
         if step < self.total:
@@ -359,6 +332,7 @@ class _Run:
             "data": data_state,
             "meter": meter.state(),
             "metrics_offset": log.offset(),
+            "window": self.window,  # tallies since the last line, so that the next one is the same after a resume
             "wandb_id": log.wandb_id,
             "total_steps": self.total,
         }
@@ -397,8 +371,9 @@ class _Run:
         data, per_step = self.config.data, self.config.data.tokens_per_step
         image = data.modality_shares(self.vocab)[1]
         corpus = sum(int(s.document_tokens.sum()) for s in sources.values())
+        begin = f"resume at step {step}" if step else "start"
         print(
-            f"{self.run_dir}: {'resume at step ' + str(step) if step else 'start'}, {self.total} steps of {per_step} tokens "
+            f"{self.run_dir}: {begin}, {self.total} steps of {per_step} tokens "
             f"({data.accumulation} x {data.rows} rows x {data.row_length}, {data.images} images each, "
             f"{image:.0%} image tokens), corpus {corpus / 1e6:.2f} M tokens\n"
             f"  {flops['params_total'] / 1e6:.2f} M parameters, {flops['params_active'] / 1e6:.2f} M active, "

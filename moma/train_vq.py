@@ -77,15 +77,15 @@ class TrainVqConfig:
             ema=True,
         )
     )
-    steps: int = 5000
+    steps: int = 4000
     batch_size: int = 16
-    lr: float = 1.5e-3
+    lr: float = 6e-4
     end_lr: float = 1e-5
-    warmup_steps: int = 100
+    warmup_steps: int = 50
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     quantizer_weight: float = 1.0
-    quantize_start: int = 100  # a plain autoencoder until this step; then codes are drawn from its vectors
+    quantize_start: int = 200  # a plain autoencoder until this step; then codes are drawn from its vectors
     perceptual_weight: float = 0.2
     discriminator_weight: float = 0.0  # 0 = no discriminator
     discriminator_start: int = 0
@@ -98,8 +98,8 @@ class TrainVqConfig:
     threads: int | None = None  # None: torch's choice
     seed: int = 0
     log_every: int = 50
-    eval_every: int = 1000
-    checkpoint_every: int = 500
+    eval_every: int = 500
+    checkpoint_every: int = 250
     grid_pictures: int = 16  # held-out pictures per source in the reconstruction grid
     export_dtype: Literal["fp16", "fp32"] = "fp16"
 

@@ -12,10 +12,10 @@ from moma.data.batch import build_batch
 from moma.data.plan import Plan
 from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
+from moma.distributed import autocast
 from moma.model.transformer import build_model
 from moma.objectives import NextTokenConfig, next_token
 from moma.optim import OptimConfig, build_optimizer
-from moma.train import autocast
 
 # (total, active) with a vocabulary of 65,536, and the total computed for a width of 8 d / 3 without rounding
 COUNTS = {

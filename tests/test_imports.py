@@ -34,6 +34,7 @@ DOORS = {
         *("moma.tokenizer.image", "moma.tokenizer.documents", "moma.data.sources"),
         *("moma.prepare", "moma.generate", "moma.train_vq", "moma.analysis"),
     },
+    "torchtune": {"moma.generation.kv_cache"},
     "fully_shard": {"moma.distributed"},
 }
 

@@ -14,7 +14,7 @@ import html
 import io
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ _MODES = {
 }
 _KINDS_OF_PICTURES = {
     "generated": "generated, causal",
-    "reconstruction": "real, through the image tokenizer",
+    "training": "training pictures",
     "unigram": "codes drawn per position",
 }
 
@@ -79,12 +79,10 @@ def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
         raise ValueError(f"got no {path}, need a folder that `moma generate` wrote: check generations=[...]")
     try:
         record = json.loads(path.read_text())
-        entries = tuple(record["entries"])
-        if not all({"prompt", "kind"} <= set(entry) for entry in entries):
-            raise KeyError("prompt or kind")
+        entries = tuple(_by_prompt(record["generations"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"got a damaged {path} ({type(error).__name__}: {error}), need entries with prompt and kind: "
+            f"got a damaged {path} ({type(error).__name__}: {error}), need generations with prompt and kind: "
             "run moma generate again"
         ) from None
     name = Path(str(record.get("run", ""))).name
@@ -92,6 +90,18 @@ def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
     return Generations(
         label or str(record.get("feed_forward") or folder.name), str(record.get("mode", "?")), folder, entries
     )
+
+
+def _by_prompt(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Records of single samples as entries: pictures of one prompt together in `files`, captions one by one."""
+    drawn: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] == "caption":
+            yield {key: record.get(key) for key in ("kind", "text", "real")} | {"prompt": record["prompt"]}
+        elif str(record.get("file", "")).endswith(".png"):
+            first = {"kind": "picture", "prompt": record["prompt"], "files": [], "real": record.get("real")}
+            drawn.setdefault(record["prompt"], first)["files"].append(record["file"])
+    yield from drawn.values()
 
 
 def write_report(
@@ -361,9 +371,9 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
         parts.append(_table(["model", "pictures", "KID (± standard error)", "n"], body, numbers=(2, 3)))
         parts.append(
             f"<p class=note>Kernel inception distance to held-out pictures on {html.escape(network)} "
-            "features, lower is better. Through the image tokenizer is what a perfect model could reach; "
-            "codes drawn per position is what no model reaches. Generation is causal (aux for models "
-            "with routers).</p>"
+            "features, lower is better. All pictures come out of the image tokenizer. Training pictures show "
+            "what the best model could reach, codes drawn per position what a model without context does. "
+            "Generation is causal (aux for models with routers).</p>"
         )
     if "pictures" in drawn:
         total = len({entry["prompt"] for one in generations for entry in one.entries if entry["kind"] == "picture"})

@@ -16,7 +16,7 @@ dropless, so a token's result depends on its own past alone; data-dependent shap
 Legend: T tokens, N tokens of one group, E routed experts of the layer (all groups), K slots per expert, D dim.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,8 +26,9 @@ from moma.modality import TokenGroups
 from moma.model.aux_routers import AuxRouter
 from moma.model.experts import Experts, combine, dispatch, slots_of_tokens
 from moma.model.precision import full_precision
-from moma.model.routing import RouterStats
-from moma.model.routing.expert_choice import ExpertChoiceConfig, capacity_share, select
+from moma.model.routing import SELECTIONS, RouterStats
+from moma.model.routing.expert_choice import ExpertChoiceConfig
+from moma.schema import kind_field
 
 Mode = Literal["train", "aux"]
 MODES: tuple[Mode, ...] = ("train", "aux")
@@ -51,7 +52,9 @@ class SparseConfig:
 
     experts: dict[str, int]
     kind: Literal["sparse"] = "sparse"
-    selection: ExpertChoiceConfig = field(default_factory=ExpertChoiceConfig)
+    selection: ExpertChoiceConfig = kind_field(
+        {name: rule.config for name, rule in SELECTIONS.items()}, default_factory=ExpertChoiceConfig
+    )
 
     def groups(self, modalities: tuple[str, ...]) -> tuple[int, ...]:
         """Experts per group, in the order of `modalities`; raises ValueError where the names do not match."""
@@ -95,13 +98,14 @@ class SparseFeedForward(nn.Module):
         dim: int,
         hidden_dim: int,
         group_sizes: tuple[int, ...],
-        capacity_factor: float,
+        selection: ExpertChoiceConfig,
         aux_routers: bool,
     ) -> None:
         super().__init__()
         self.group_sizes, self.dim = group_sizes, dim
         self.n_routed = sum(size for size in group_sizes if size > 1)
-        self.shares = tuple(capacity_share(capacity_factor, size) for size in group_sizes)
+        self.rule = SELECTIONS[selection.kind]
+        self.shares = tuple(self.rule.share(selection.capacity_factor, size) for size in group_sizes)
         self.experts = nn.ModuleList(Experts(size, dim, hidden_dim) for size in group_sizes)
         # one projection for all groups: the routers W_g of Eq. 1 side by side
         self.router = nn.Parameter(torch.empty(dim, self.n_routed)) if self.n_routed else None
@@ -130,17 +134,17 @@ class SparseFeedForward(nn.Module):
             return None, []
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         with full_precision(x_TD):
-            all_score_TE = torch.sigmoid(x_TD.to(wide) @ self.router.to(wide))
+            all_logit_TE = x_TD.to(wide) @ self.router.to(wide)
         n_tokens, chosen, columns, start = x_TD.shape[0], [], [], 0
         for m, size in enumerate(self.group_sizes):
             if size == 1:
                 continue
             index_N, slot_T = groups.index[m], groups.slot[m]
             valid_N = None if groups.valid is None else groups.valid[m]
-            score_TE = all_score_TE[:, start : start + size]
-            score_NE = score_TE[index_N]
-            token_EK, keep_EK = select(score_NE, self.shares[m], valid_N)
-            gate_EK = score_NE.T.gather(1, token_EK)
+            logit_TE = all_logit_TE[:, start : start + size]
+            logit_NE = logit_TE[index_N]
+            token_EK, keep_EK = self.rule.select(logit_NE, self.shares[m], valid_N)
+            gate_EK = torch.sigmoid(logit_NE.T.gather(1, token_EK))
             flat_EK = index_N[token_EK]
             if keep_EK is not None:
                 flat_EK = torch.where(keep_EK, flat_EK, -1)
@@ -152,7 +156,9 @@ class SparseFeedForward(nn.Module):
                 # invalid slots of the padded form point at token 0; the inverse map leaves them out
                 aux_TE = combine(aux_NE, slot_T[:, None], self._live(index_N, valid_N))
             slots_TE = slots_of_tokens(flat_EK, n_tokens)
-            columns.append((slots_TE >= 0, torch.where(member_TE, score_TE.detach(), 0), aux_TE, member_TE))
+            columns.append(
+                (slots_TE >= 0, torch.where(member_TE, torch.sigmoid(logit_TE.detach()), 0), aux_TE, member_TE)
+            )
             start += size
         selected_TE, score_TE, member_TE = (torch.cat([c[i] for c in columns], 1) for i in (0, 1, 3))
         aux_TE = torch.cat([c[2] for c in columns], 1) if len(self.aux) else None
@@ -214,4 +220,4 @@ def build_feed_forward(
     if isinstance(config, DenseConfig):
         return DenseFeedForward(dim, hidden_dim)
     sizes = config.groups(modalities)
-    return SparseFeedForward(dim, hidden_dim, sizes, config.selection.capacity_factor, aux_routers)
+    return SparseFeedForward(dim, hidden_dim, sizes, config.selection, aux_routers)

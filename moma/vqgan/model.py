@@ -210,6 +210,7 @@ class VqModel(nn.Module):
         )
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        _init(self)
 
     def features(self, x: Tensor) -> Tensor:
         """Vectors (n, embed_dim, h, w), not quantised, of pictures `x` (n, 3, s, s) in [-1, 1]."""
@@ -268,6 +269,19 @@ def load_vq(folder: Path, device: torch.device | str = "cpu") -> VqModel:
         )
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _init(model: VqModel) -> None:
+    """Convolutions keep the variance; branches start at zero, so that the model starts as its skip connections.
+
+    In place of torch's defaults, under which the signal fades from each resolution to the next.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            branch_end = name.endswith((".conv2", ".proj_out"))
+            std = 0.0 if branch_end else 1 / math.sqrt(module.weight[0].numel())
+            nn.init.normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
 
 
 def _norm(width: int, groups: int) -> nn.GroupNorm:

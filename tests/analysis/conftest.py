@@ -107,7 +107,7 @@ def write_eval(folder: Path, run: Path, experts: dict[str, int] | None, layers: 
         "baselines": {"text_bigram": 4.37, "text_unigram": 6.1, "image_position_unigram": 4.93},
         "pictures": {
             "generated": {"kid": 0.061, "se": 0.004}, "unigram": {"kid": 0.31, "se": 0.006},
-            "reconstruction": {"kid": 0.011, "se": 0.002}, "network": "efficientnet-lite0", "n": 200,
+            "training": {"kid": 0.011, "se": 0.002}, "network": "efficientnet-lite0", "n": 200,
         },
     }  # fmt: skip
     if experts:
@@ -192,16 +192,14 @@ def write_generations(folder: Path, run: Path, label: str, seed: int = 0, sample
     for number, prompt in enumerate(PROMPTS):
         real = f"real-{number}.png"
         drawing(number).save(folder / real)
-        files = []
         for sample in range(samples):
-            files.append(f"picture-{number}-{sample}.png")
-            drawing(1000 + 100 * seed + 10 * number + sample).save(folder / files[-1])
-        entries.append({"kind": "picture", "prompt": prompt, "text": "", "files": files, "real": real})
-        entries.append(
-            {"kind": "caption", "prompt": prompt, "text": f"a {prompt} by {label}", "files": [], "real": real}
-        )
+            file = f"picture-{number}-{sample}.png"
+            drawing(1000 + 100 * seed + 10 * number + sample).save(folder / file)
+            entries.append({"kind": "picture", "prompt": prompt, "sample": sample, "file": file, "real": real})
+        caption = f"a {prompt} by {label}"
+        entries.append({"kind": "caption", "prompt": prompt, "sample": 0, "text": caption, "real": real})
     mode = "causal" if label == "dense" else "aux"
-    record = {"run": str(run), "feed_forward": label, "mode": mode, "entries": entries}
+    record = {"run": str(run), "feed_forward": label, "mode": mode, "generations": entries}
     (folder / "generations.json").write_text(json.dumps(record))
     return folder
 

@@ -141,19 +141,20 @@ def test_bad_generations_are_refused(study: dict, undrawn: None, tmp_path: Path)
     record = json.loads((folder / "generations.json").read_text())
 
     def write(entries: list) -> report.Generations:
-        (folder / "generations.json").write_text(json.dumps(record | {"entries": entries}))
+        (folder / "generations.json").write_text(json.dumps(record | {"generations": entries}))
         return report.read_generations(folder, [])
 
     assert write([]).label == "dense"
-    with pytest.raises(ValueError, match=r"got a damaged .*generations.json .*need entries with prompt and kind"):
+    with pytest.raises(ValueError, match=r"got a damaged .*generations.json .*need generations with prompt and kind"):
         write([{"prompt": "x"}])
+    shutil.copy(folder / "generations.json", folder / "broken.png")
     runs = collect(study["runs"])
     for name, message in (
         ("../../secret.png", r"got the file ../../secret.png of .*, need one inside that folder"),
         ("missing.png", r"got an unreadable .*missing.png .*, need a PNG: run moma generate again"),
-        ("generations.json", "got an unreadable .*generations.json"),
+        ("broken.png", "got an unreadable .*broken.png"),
     ):
-        made = write([{"kind": "picture", "prompt": "x", "files": [name], "real": None}])
+        made = write([{"kind": "picture", "prompt": "x", "file": name, "real": None}])
         with pytest.raises(ValueError, match=message):
             report.write_report(runs, [made], tmp_path / "out")
 

@@ -1,8 +1,11 @@
 """Selection rules: which tokens an expert computes. One file per rule, pure functions; `SELECTIONS` is the list.
 
-A rule's file holds its frozen config and its `select`. Adding a rule = one file, one line here, one YAML.
+A rule's file holds its frozen config, its capacity and its `select`. Adding a rule = one file, one line here, one
+YAML.
 """
 
+from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,6 +26,17 @@ class RouterStats(NamedTuple):
     member_TE: Tensor  # bool: the expert belongs to the token's group (False everywhere at padding)
 
 
-SELECTIONS = {"expert_choice": expert_choice}
+class Rule(NamedTuple):
+    """One selection rule: `share(capacity_factor, n_experts)` is c_e of a group."""
 
-__all__ = ["SELECTIONS", "RouterStats"]
+    config: type
+    share: Callable[[float, int], Fraction]
+    # select(logit_NE, share, valid_N) -> (token_EK, keep_EK)
+    select: Callable[[Tensor, Fraction, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+SELECTIONS = {
+    "expert_choice": Rule(expert_choice.ExpertChoiceConfig, expert_choice.capacity_share, expert_choice.select),
+}
+
+__all__ = ["SELECTIONS", "RouterStats", "Rule"]

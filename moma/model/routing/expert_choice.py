@@ -35,23 +35,24 @@ def capacity_share(capacity_factor: float, n_experts: int) -> Fraction:
     return min(Fraction(capacity_factor).limit_denominator(10_000) / n_experts, Fraction(1))
 
 
-def select(score_NE: Tensor, share: Fraction, valid_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def select(logit_NE: Tensor, share: Fraction, valid_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Choose tokens: returns `token_EK` int64, ascending per expert, and `keep_EK` bool (None: all slots hold).
 
-    `score_NE`: scores of the N tokens of one group. `valid_N`: bool, None when all N are tokens (exact form,
+    `logit_NE`: logits of the N tokens of one group (same order as their scores, without what rounding in the sigmoid
+    would add to it). `valid_N`: bool, None when all N are tokens (exact form,
     K = floor(share N)). In the padded form K is that same bound and each expert keeps
     rank < floor(share * n_valid); the slots beyond hold token 0 and are not kept.
     """
-    n_tokens = score_NE.shape[0]
+    n_tokens = logit_NE.shape[0]
     k = share.numerator * n_tokens // share.denominator
     # contiguous: indexing by a transposed tensor has other strides when traced by torch.compile than in eager mode
-    score_EN = score_NE.detach().T.contiguous()
+    logit_EN = logit_NE.detach().T.contiguous()
     if valid_N is None:
-        order_EN = torch.sort(score_EN, dim=1, descending=True, stable=True).indices
+        order_EN = torch.sort(logit_EN, dim=1, descending=True, stable=True).indices
         return order_EN[:, :k].sort(dim=1).values, None
-    order_EN = torch.sort(score_EN.masked_fill(~valid_N, -torch.inf), dim=1, descending=True, stable=True).indices
+    order_EN = torch.sort(logit_EN.masked_fill(~valid_N, -torch.inf), dim=1, descending=True, stable=True).indices
     n_kept = (share.numerator * valid_N.sum()) // share.denominator
-    rank_K = torch.arange(k, device=score_NE.device)
+    rank_K = torch.arange(k, device=logit_NE.device)
     # dropped slots get a token number beyond every real one, so that sorting moves them to the end
     token_EK = torch.where(rank_K < n_kept, order_EN[:, :k], n_tokens).sort(dim=1).values
     keep_EK = token_EK < n_tokens
