@@ -24,13 +24,15 @@ from moma.config import Composed
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """`tokens` per training, `aux_tokens` for the routers; `samples` pictures per model are generated."""
+    """`tokens` per training, `aux_tokens` for the routers. Per model, `pictures` are drawn to measure their distance
+    from held-out ones, and `names` held-out names are drawn, and their pictures named, to be looked at."""
 
     out: Path
     corpus: Path
     tokens: float
     aux_tokens: float
-    samples: int
+    pictures: int
+    names: int
     budget: dict[str, float]  # CPU minutes (user + system) per kind of stage, as planned
 
 
@@ -64,16 +66,17 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     length, aux_length = f"duration.tokens={config.tokens:g}", f"duration.tokens={config.aux_tokens:g}"
     family = "feed_forward=moe_4t4i"
     second = ("objective=aux_routers", "optim=aux_routers", f"init_from={sparse}", aux_length)
+    pictures = f"pictures={config.pictures}"
     generations = f"[{out / 'generate-dense'},{out / 'generate-moe_4t4i'}]"
     return [
         Stage("prepare", "prepare", ("prepare", f"name={config.corpus.name}", f"corpora={config.corpus.parent}")),
         Stage("train dense", "train dense", ("train", "feed_forward=dense", corpus, length, f"run_dir={dense}")),
         Stage("train moe_4t4i", "train moe_4t4i", ("train", family, corpus, length, f"run_dir={sparse}")),
         Stage("train routers", "train routers", ("train", family, corpus, *second, f"run_dir={aux}")),
-        Stage("evaluate dense", "the rest", ("evaluate", f"run={dense}")),
-        Stage("evaluate moe_4t4i", "the rest", ("evaluate", f"run={aux}")),
+        Stage("evaluate dense", "the rest", ("evaluate", f"run={dense}", pictures)),
+        Stage("evaluate moe_4t4i", "the rest", ("evaluate", f"run={aux}", pictures)),
         *(
-            Stage(f"generate {name}", "the rest", ("generate", f"run={run}", f"held_out={config.samples}",
+            Stage(f"generate {name}", "the rest", ("generate", f"run={run}", f"held_out={config.names}", "samples=3",
                   f"out={out / f'generate-{name}'}"))
             for name, run in (("dense", dense), ("moe_4t4i", aux))
         ),

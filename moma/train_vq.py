@@ -13,6 +13,7 @@ and started again gives the same bits as one that was not.
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -118,6 +119,13 @@ class TrainVqConfig:
             )
 
 
+class Adversary(NamedTuple):
+    """The second player."""
+
+    model: PatchDiscriminator
+    optimizer: torch.optim.Optimizer
+
+
 class Players(NamedTuple):
     """What one run trains: the VQ-GAN with its EMA state, and the discriminator where there is one."""
 
@@ -125,8 +133,7 @@ class Players(NamedTuple):
     optimizer: torch.optim.Optimizer
     ema: CodebookState
     perceptual: PerceptualLoss | None
-    adversary: PatchDiscriminator | None
-    adversary_optimizer: torch.optim.Optimizer | None
+    adversary: Adversary | None
 
 
 def train_vq(config: TrainVqConfig) -> dict[str, float]:
@@ -236,7 +243,8 @@ def read_pictures(path: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path) as tar:
             members = (m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES))
             for member in sorted(members, key=lambda m: m.name):
-                yield member.name, tar.extractfile(member).read()
+                with tar.extractfile(member) or io.BytesIO() as file:
+                    yield member.name, file.read()
     else:
         raise ValueError(f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths")
 
@@ -245,14 +253,17 @@ def _players(config: TrainVqConfig) -> Players:
     """Fresh players, a function of the seed."""
     torch.manual_seed(config.seed)
     model = VqModel(config.model).to(config.device)
-    adversary = PatchDiscriminator().to(config.device) if config.discriminator_weight > 0 else None
+    adversary = None
+    if config.discriminator_weight > 0:
+        judge = PatchDiscriminator().to(config.device)
+        settings = _optim(config, config.discriminator_lr)
+        adversary = Adversary(judge, build_optimizer(judge.named_parameters(), settings))
     return Players(
         model,
         build_optimizer(model.named_parameters(), _optim(config, config.lr)),
         empty_state(model.quantize.embedding.weight.detach()),
         PerceptualLoss().to(config.device) if config.perceptual_weight > 0 else None,
         adversary,
-        adversary and build_optimizer(adversary.named_parameters(), _optim(config, config.discriminator_lr)),
     )
 
 
@@ -263,17 +274,16 @@ def _state(players: Players) -> dict[str, Any]:
         "optimizer": optimizer_state(players.model, players.optimizer),
         "ema": players.ema._asdict(),
     }
-    if players.adversary is not None and players.adversary_optimizer is not None:
-        state["discriminator"] = model_state(players.adversary)
-        state["discriminator_optimizer"] = optimizer_state(players.adversary, players.adversary_optimizer)
+    if players.adversary is not None:
+        state["discriminator"] = model_state(players.adversary.model)
+        state["discriminator_optimizer"] = optimizer_state(*players.adversary)
     return state
 
 
 def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> dict[str, Tensor | float]:
     """One step of both players on pictures `x` (n, 3, s, s) in [-1, 1]; the row of metrics."""
-    model, adversary = players.model, players.adversary
+    model, adversary = players.model, players.adversary if step >= config.discriminator_start else None
     bypass = step < config.quantize_start
-    adversarial = adversary is not None and step >= config.discriminator_start
     autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=config.precision == "bf16")
     with autocast():
         z = model.features(x)
@@ -284,7 +294,7 @@ def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> di
             x,
             model.decoder.conv_out.weight,
             players.perceptual,
-            adversary if adversarial else None,
+            adversary.model if adversary is not None else None,
             perceptual_weight=config.perceptual_weight,
             discriminator_weight=config.discriminator_weight,
         )
@@ -306,16 +316,14 @@ def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> di
             generator=torch.Generator(x.device).manual_seed(config.seed * 2**32 + step),
         )
     judged = x.new_zeros(())
-    if adversarial:
-        set_learning_rate(
-            players.adversary_optimizer,
-            learning_rate(step, config.steps, _optim(config, config.discriminator_lr)),
-        )
+    if adversary is not None:
+        schedule = _optim(config, config.discriminator_lr)
+        set_learning_rate(adversary.optimizer, learning_rate(step, config.steps, schedule))
         with autocast():
-            judged = hinge_loss(adversary(x), adversary(x_hat.detach()))
-        players.adversary_optimizer.zero_grad(set_to_none=True)
+            judged = hinge_loss(adversary.model(x), adversary.model(x_hat.detach()))
+        adversary.optimizer.zero_grad(set_to_none=True)
         judged.backward()
-        players.adversary_optimizer.step()
+        adversary.optimizer.step()
     return {
         "l1": picture.l1,
         "perceptual": picture.perceptual,
@@ -364,15 +372,17 @@ def _collect(
 ) -> tuple[dict[str, tuple[np.ndarray, int]], dict[str, np.ndarray]]:
     """Training pictures with their copies per epoch, and held-out pictures, by source; uint8 (n, s, s, 3)."""
     train, held_out = {}, {}
-    for vendor, copies in (("twemoji", config.twemoji), ("openmoji", config.openmoji)):
+    vendors = (EmojiConfig("twemoji"), config.twemoji), (EmojiConfig("openmoji"), config.openmoji)
+    for emoji, copies in vendors:
         if copies:
+            vendor = emoji.vendor
             sides: tuple[list, list] = ([], [])
-            for points, name, path in emoji_files(EmojiConfig(vendor)):
+            for points, name, path in emoji_files(emoji):
                 sides[is_held_out(concept_key(name))].append((points, path))
             for side, listing in zip(("train", "val"), sides, strict=True):
-                names = [points for points, _ in listing]
-                pictures = ((points, read_picture(path, EmojiConfig.size)) for points, path in listing)
-                part = _cached(config, f"{vendor}-{side}", names, pictures)
+                stamp = [f"{points} {path.stat().st_size}" for points, path in listing]
+                pictures = ((points, read_picture(path, emoji.size)) for points, path in listing)
+                part = _cached(config, f"{vendor}-{side}", stamp, pictures)
                 if side == "train":
                     train[vendor] = (part, copies)
                 else:

@@ -2,15 +2,19 @@
 
 | parameter                                | distribution                                              |
 | ---------------------------------------- | --------------------------------------------------------- |
-| embedding.weight                         | normal, std EMBEDDING_STD                                 |
+| embedding.weight                         | normal, std EMBEDDING_STD, cut at 3 std                   |
 | attention.wqkv, experts w13, aux w1      | normal, std fan_in^-1/2, cut at 3 std                     |
 | attention.wo, experts w2                 | the same, divided by sqrt(2 n_layers) in pre-norm order   |
 | router, aux w2, head.weight              | normal, std fan_in^-1/2, cut at 3 std                     |
-| norm and QK-norm gains / biases          | 1 / 0                                                     |
+| sub-layers' norm gains                   | 1 in pre-norm order, SWIN_GAIN in Swin order              |
+| final norm and QK-norm gains, biases     | 1, 0                                                      |
 
 Each tensor has a generator of its own, derived from (seed, name): a dense model and its sparse twin start from the
-same attention, embedding and head, so paired seeds differ in nothing but the feed-forward. Under `swin` order the
-norm after each sub-layer makes a depth-dependent scale pointless.
+same attention, embedding and head, so paired seeds differ in nothing but the feed-forward.
+
+Neither paper states its initialisation. In Swin order the norm after a sub-layer sets its size, so the gain takes the
+place of a depth-dependent scale: small, it lets every block start near the identity (Swin V2 starts its gains at 0).
+Not smaller than this: below, activations sink under the norms' eps.
 """
 
 import hashlib
@@ -18,17 +22,19 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-EMBEDDING_STD = 0.5
+EMBEDDING_STD = 0.1
+SWIN_GAIN = 0.125
 
 
-def init_weights(model: nn.Module, seed: int, depth_scale: float = 1.0) -> None:
-    """Initialise every parameter of a `Transformer` in place; `depth_scale` multiplies the sub-layers' last matrices.
+def init_weights(model: nn.Module, seed: int, depth_scale: float = 1.0, gain: float = 1.0) -> None:
+    """Initialise every parameter of a `Transformer` in place.
 
-    Raises KeyError for a name the table does not cover.
+    `depth_scale` multiplies the sub-layers' last matrices, `gain` is that of the sub-layers' norms. Raises KeyError
+    for a name the table does not cover.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _init(name, parameter, _generator(seed, name), depth_scale)
+            _init(name, parameter, _generator(seed, name), depth_scale, gain)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -36,13 +42,13 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _init(name: str, parameter: Tensor, generator: torch.Generator, depth_scale: float) -> None:
+def _init(name: str, parameter: Tensor, generator: torch.Generator, depth_scale: float, gain: float) -> None:
     parts = name.split(".")
     leaf, owner = parts[-1], parts[-2]
     if leaf.endswith("bias"):
         parameter.zero_()
     elif owner.endswith("norm"):
-        parameter.fill_(1.0)
+        parameter.fill_(gain if owner in ("attention_norm", "feed_forward_norm") else 1.0)
     elif owner == "embedding":
         _normal(parameter, EMBEDDING_STD, generator)
     elif owner in ("wqkv", "wo", "head"):  # nn.Linear stores (out, in)

@@ -17,7 +17,7 @@ from moma.modality import TokenGroups
 from moma.model.attention import Attention, QkNorm
 from moma.model.block import Block, NormOrder, RMSNorm
 from moma.model.feed_forward import FeedForwardConfig, Mode, build_feed_forward
-from moma.model.init import init_weights
+from moma.model.init import SWIN_GAIN, init_weights
 from moma.model.routing import RouterStats
 
 
@@ -118,6 +118,6 @@ def build_model(
     with torch.device("meta"):
         model = Transformer(config, feed_forward, vocab_size, modalities, aux_routers).to(dtype)
     model.to_empty(device=device)
-    depth_scale = (2 * config.n_layers) ** -0.5 if config.norm_order == "pre" else 1.0
-    init_weights(model, seed, depth_scale)
+    pre = config.norm_order == "pre"
+    init_weights(model, seed, (2 * config.n_layers) ** -0.5 if pre else 1.0, 1.0 if pre else SWIN_GAIN)
     return model

@@ -176,7 +176,6 @@ def _folded(
         padding=kernel // 2 if stride == 1 else 0,
         groups=width if depthwise else 1,
     )
-    with torch.no_grad():
-        layer.weight.copy_(weight * scale[:, None, None, None])
-        layer.bias.copy_(state[norm + ".bias"] - state[norm + ".running_mean"] * scale)
+    layer.weight = nn.Parameter(weight * scale[:, None, None, None])
+    layer.bias = nn.Parameter(state[norm + ".bias"] - state[norm + ".running_mean"] * scale)
     return layer

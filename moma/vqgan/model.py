@@ -50,16 +50,13 @@ class VqConfig:
     legacy: bool = True  # order of the quantiser's loss terms
     ema: bool = False  # code book trained by moving averages instead of gradients
 
-    def __post_init__(self):
-        decoder_ch_mult = self.ch_mult if self.decoder_ch_mult is None else self.decoder_ch_mult
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        object.__setattr__(self, "decoder_ch_mult", tuple(decoder_ch_mult))
-        for name in ("ch", "num_res_blocks"):
-            if getattr(self, f"decoder_{name}") is None:
-                object.__setattr__(self, f"decoder_{name}", getattr(self, name))
-        if len(self.ch_mult) != len(self.decoder_ch_mult):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # JSON gives lists
+        if self.decoder_ch_mult is not None:
+            object.__setattr__(self, "decoder_ch_mult", tuple(self.decoder_ch_mult))
+        if len(self.encoder_widths) != len(self.decoder_widths):
             raise ValueError(
-                f"got {len(self.ch_mult)} encoder and {len(self.decoder_ch_mult)} decoder levels, need equal "
+                f"got {len(self.encoder_widths)} encoder and {len(self.decoder_widths)} decoder levels, need equal "
                 "numbers: give ch_mult and decoder_ch_mult the same length"
             )
         if self.resolution % self.factor:
@@ -67,6 +64,23 @@ class VqConfig:
                 f"got resolution {self.resolution}, need a multiple of {self.factor} (2^(levels - 1)): "
                 "change resolution or the length of ch_mult"
             )
+
+    @property
+    def encoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.ch * mult for mult in self.ch_mult)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        ch = self.ch if self.decoder_ch is None else self.decoder_ch
+        return tuple(ch * mult for mult in (self.decoder_ch_mult or self.ch_mult))
+
+    @property
+    def decoder_blocks(self) -> int:
+        """Residual blocks of each decoder level: one more than `num_res_blocks`, as in taming."""
+        blocks = self.num_res_blocks if self.decoder_num_res_blocks is None else self.decoder_num_res_blocks
+        return blocks + 1
 
     @property
     def factor(self) -> int:
@@ -145,10 +159,10 @@ class Encoder(nn.Module):
         width = config.ch
         self.conv_in = _conv(config.in_channels, width)
         self.down = nn.ModuleList()
-        for level, mult in enumerate(config.ch_mult):
+        for level, out in enumerate(config.encoder_widths):
             stage = nn.Module()
-            stage.block, width = _blocks(width, config.ch * mult, config.num_res_blocks, config.norm_groups)
-            if level < len(config.ch_mult) - 1:
+            stage.block, width = _blocks(width, out, config.num_res_blocks, config.norm_groups)
+            if level < len(config.encoder_widths) - 1:
                 stage.downsample = Downsample(width)
             self.down.append(stage)
         self.mid = _mid(width, config.norm_groups)
@@ -171,14 +185,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VqConfig):
         super().__init__()
-        width = config.decoder_ch * config.decoder_ch_mult[-1]
+        width = config.decoder_widths[-1]
         self.conv_in = _conv(config.z_channels, width)
         self.mid = _mid(width, config.norm_groups)
         stages = []
-        for level in reversed(range(len(config.decoder_ch_mult))):
+        for level, out in reversed(list(enumerate(config.decoder_widths))):
             stage = nn.Module()
-            out = config.decoder_ch * config.decoder_ch_mult[level]
-            stage.block, width = _blocks(width, out, config.decoder_num_res_blocks + 1, config.norm_groups)
+            stage.block, width = _blocks(width, out, config.decoder_blocks, config.norm_groups)
             if level > 0:
                 stage.upsample = Upsample(width)
             stages.append(stage)
@@ -281,7 +294,8 @@ def _init(model: VqModel) -> None:
             branch_end = name.endswith((".conv2", ".proj_out"))
             std = 0.0 if branch_end else 1 / math.sqrt(module.weight[0].numel())
             nn.init.normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _norm(width: int, groups: int) -> nn.GroupNorm:

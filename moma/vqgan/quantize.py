@@ -34,10 +34,10 @@ class Quantized(NamedTuple):
 
 
 class CodebookState(NamedTuple):
-    """EMA state: `count` (K,) smoothed vectors per code and step, `total` (K, C) their smoothed sum."""
+    """EMA state: `counts` (K,) smoothed vectors per code and step, `totals` (K, C) their smoothed sums."""
 
-    count: Tensor
-    total: Tensor
+    counts: Tensor
+    totals: Tensor
 
 
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
@@ -114,15 +114,15 @@ def update_codebook(
     restarts. A code never observed and not restarted keeps its vector.
     """
     k = codebook.shape[0]
-    count, total = state
-    count.mul_(decay).index_add_(0, codes, torch.ones_like(z[:, 0]), alpha=1 - decay)
-    total.mul_(decay).index_add_(0, codes, z, alpha=1 - decay)
+    counts, totals = state
+    counts.mul_(decay).index_add_(0, codes, torch.ones_like(z[:, 0]), alpha=1 - decay)
+    totals.mul_(decay).index_add_(0, codes, z, alpha=1 - decay)
     mean = z.shape[0] / k
     if dead_below > 0:
-        dead = (count < dead_below * mean).nonzero().squeeze(1)
+        dead = (counts < dead_below * mean).nonzero().squeeze(1)
         order = torch.randperm(z.shape[0], generator=generator, device=z.device)
         chosen = z[order[torch.arange(dead.numel(), device=z.device) % z.shape[0]]]
-        count[dead] = mean
-        total[dead] = chosen * mean
-    seen = count > 1e-8
-    codebook.copy_(torch.where(seen[:, None], total / count.clamp_min(1e-8)[:, None], codebook))
+        counts[dead] = mean
+        totals[dead] = chosen * mean
+    seen = counts > 1e-8
+    codebook.copy_(torch.where(seen[:, None], totals / counts.clamp_min(1e-8)[:, None], codebook))

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +76,6 @@ def test_open_refuses_large_pictures_before_decoding_them():
     # A header that claims 60000 x 60000 pixels in a few bytes.
     bomb = bytearray(encoded(picture(1, 1)))
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
-    import struct
-    import zlib
-
     bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
     with pytest.raises(ValueError, match="got bomb.png with .*need at most"):
         open_image(bytes(bomb), "bomb.png")
@@ -93,7 +92,7 @@ def test_transparency_becomes_white():
     pixels[:, 10:] = (255, 0, 0, 255)
     result = preprocess(Image.fromarray(pixels), 20)
     assert result[:, 0].tolist() == [[255, 255, 255]] * 20 and result[:, -1].tolist() == [[255, 0, 0]] * 20
-    palette = Image.fromarray(pixels[..., 3] // 255, "P") if False else Image.new("P", (8, 8), 0)
+    palette = Image.new("P", (8, 8), 0)
     palette.info["transparency"] = 0
     assert (preprocess(palette, 8) == 255).all()
 

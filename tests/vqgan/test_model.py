@@ -112,6 +112,14 @@ def test_encode_and_decode_shapes():
     torch.testing.assert_close(model.decode_codes(quantized.codes), x_hat)
 
 
+def test_initial_branches_are_zero_and_the_rest_keeps_the_variance():
+    model = VqModel(VqConfig(resolution=16, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=32, n_embed=16))
+    block = model.decoder.up[0].block[0]
+    assert not block.conv2.weight.any() and not model.encoder.mid.attn_1.proj_out.weight.any()
+    y = torch.nn.functional.conv2d(torch.randn(4, 64, 16, 16), block.conv1.weight)
+    assert 0.9 < y.std() < 1.1
+
+
 def test_downsampling_pads_right_and_bottom_only():
     down = VqModel(TINY).encoder.down[0].downsample
     with torch.no_grad():

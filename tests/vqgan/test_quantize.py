@@ -111,7 +111,7 @@ def test_ema_equals_plain_loops():
                 book[k] = [t / count[k] for t in total[k]]
         update_codebook(codebook, state, z, codes, decay=0.9)
         torch.testing.assert_close(codebook, torch.tensor(book, dtype=torch.float64))
-        torch.testing.assert_close(state.count, torch.tensor(count, dtype=torch.float64))
+        torch.testing.assert_close(state.counts, torch.tensor(count, dtype=torch.float64))
 
 
 def test_a_code_never_seen_keeps_its_vector_without_restarts():
@@ -136,14 +136,14 @@ def test_the_first_update_with_restarts_draws_the_code_book_from_the_data():
     )
     rows = [next(i for i, v in enumerate(z) if torch.allclose(v, code)) for code in codebook]
     assert len(set(rows)) == 8  # without replacement
-    assert state.count.tolist() == [5.0] * 8  # the mean count 40 / 8
+    assert state.counts.tolist() == [5.0] * 8  # the mean count 40 / 8
 
 
 def test_only_dead_codes_restart():
     codebook = torch.tensor([[0.0], [1.0], [50.0]], dtype=torch.float64)
     state = empty_state(codebook)
-    state.count.copy_(torch.tensor([4.0, 4.0, 0.01]))
-    state.total.copy_(state.count[:, None] * codebook)
+    state.counts.copy_(torch.tensor([4.0, 4.0, 0.01]))
+    state.totals.copy_(state.counts[:, None] * codebook)
     z = torch.tensor([[0.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
     update_codebook(codebook, state, z, nearest_codes(z, codebook), decay=0.99, dead_below=0.1)
     torch.testing.assert_close(codebook[:2, 0], torch.tensor([0.0, 1.0], dtype=torch.float64))

@@ -1,0 +1,46 @@
+"""The quick start's commands are valid, are run once, and a failure is named."""
+
+import json
+
+import pytest
+
+from moma import quickstart
+from moma.config import compose
+from moma.quickstart import Stage
+
+
+def test_every_command_composes():
+    config = compose("quickstart", []).config
+    stages = quickstart.stages(config)
+    assert {stage.kind for stage in stages} == set(config.budget)
+    assert sum(config.budget.values()) <= 20
+    for stage in stages:
+        verb, *overrides = stage.arguments
+        compose(verb, overrides)
+
+
+def test_a_stage_runs_once_and_its_time_is_kept(tmp_path, capfd):
+    record, path = {"stages": {}}, tmp_path / "quickstart.json"
+    stage = Stage("describe", "the rest", ("describe", "output=json"))
+    quickstart.run_stage(stage, record, path)
+    first = json.loads(path.read_text())["stages"]["describe"]
+    assert first["done"] == "moma describe output=json" and first["cpu_s"] > 0
+    quickstart.run_stage(stage, record, path)
+    out = capfd.readouterr().out
+    assert out.count('"params_total"') == 1 and "[describe] done before" in out
+    assert json.loads(path.read_text())["stages"]["describe"] == first
+    quickstart.run_stage(stage._replace(arguments=("describe", "model=90m", "output=json")), record, path)
+    assert capfd.readouterr().out.count('"params_total"') == 1  # another command is run
+
+
+def test_a_failing_stage_stops_with_its_command(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"got exit code 2 from `moma describe model=91m`, need 0"):
+        stage = Stage("describe", "the rest", ("describe", "model=91m"))
+        quickstart.run_stage(stage, {"stages": {}}, tmp_path / "quickstart.json")
+    assert "need one of 1_4b, 435m, 90m, tiny" in capfd.readouterr().err
+
+
+def test_budget_is_printed_per_kind(tmp_path, capsys):
+    config = compose("quickstart", []).config
+    quickstart.print_budget({"stages": {"a": {"kind": "prepare", "cpu_s": 30.0}}}, config)
+    assert "prepare            0.5 of" in capsys.readouterr().out
