@@ -47,22 +47,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h_CD, target_C = hidden[rows], target_T[rows]
-            logit_CV = (h_CD @ weight.T).to(wide)
-            lse_C = torch.logsumexp(logit_CV, dim=1)
+            low_CV = h_CD @ weight.T
             present_C = target_C != IGNORE
             safe_C = torch.where(present_C, target_C, 0)
-            ce_C = lse_C - logit_CV.gather(1, safe_C[:, None]).squeeze(1)
+            log_p_CV = torch.log_softmax(low_CV, dim=1, dtype=wide)
+            ce_C = -log_p_CV.gather(1, safe_C[:, None]).squeeze(1)
+            lse_C = low_CV.gather(1, safe_C[:, None]).squeeze(1).to(wide) + ce_C
             losses.append(torch.where(present_C, ce_C, 0))
             zs.append(torch.where(present_C, lse_C.square(), 0))
             if grad_hidden is None or grad_weight is None:
                 continue
-            # d ce = softmax - onehot,  d lse^2 = 2 lse softmax
-            live_C = present_C.to(wide) * scale
-            grad_CV = torch.exp(logit_CV - lse_C[:, None]) * (live_C * (1 + 2 * z_weight * lse_C))[:, None]
-            grad_CV.scatter_add_(1, safe_C[:, None], -live_C[:, None])
-            low_CV = grad_CV.to(compute_dtype)
-            grad_hidden[rows] = (low_CV @ weight).to(grad_hidden.dtype)
-            grad_weight += low_CV.T @ h_CD
+            # d ce = softmax - onehot,  d lse^2 = 2 lse softmax: with s = 1 + 2 z lse the gradient of a token is
+            # s (softmax - onehot / s), and s scales a row of D numbers instead of V
+            size_C = 1 + 2 * z_weight * lse_C
+            grad_CV = log_p_CV.exp_().scatter_add_(1, safe_C[:, None], -1 / size_C[:, None]).to(compute_dtype)
+            size_C1 = (size_C * present_C * scale)[:, None]
+            grad_hidden[rows] = ((grad_CV @ weight) * size_C1).to(grad_hidden.dtype)
+            grad_weight += grad_CV.T @ (h_CD * size_C1).to(compute_dtype)
         ce_T, z_T = torch.cat(losses), torch.cat(zs)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
