@@ -8,9 +8,10 @@ hand. Finished stages are recorded in OUT/quickstart.json with their CPU time; r
 it goes on (trainings from their last checkpoint). Prints its CPU budget at the start and what it took at the end.
 """
 
+import concurrent.futures
 import json
+import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moma.config import Composed
+from moma.data.shards import write_json
 
 
 @dataclass(frozen=True)
@@ -52,70 +54,89 @@ def main(composed: Composed) -> int:
     print(f"budget in CPU minutes (user + system): {planned}; together {sum(config.budget.values()):g}")
     record_path = config.out / "quickstart.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {"stages": {}}
-    for stage in stages(config):
-        run_stage(stage, record, record_path)
+    for together in stages(config):
+        run_stages(together, record, record_path)
     print_budget(record, config)
     print(f"report: {config.out / 'report' / 'report.html'}")
     return 0
 
 
-def stages(config: QuickstartConfig) -> list[Stage]:
-    """The commands in order."""
+def stages(config: QuickstartConfig) -> list[tuple[Stage, ...]]:
+    """The commands in order; those in one tuple run side by side, on one thread each."""
     out, corpus = config.out, f"data.corpus={config.corpus}"
     dense, sparse, aux = out / "dense", out / "moe_4t4i", out / "moe_4t4i-aux_routers"
+    common = (corpus, "parallel.threads=1")
     length, aux_length = f"duration.tokens={config.tokens:g}", f"duration.tokens={config.aux_tokens:g}"
-    family = "feed_forward=moe_4t4i"
+    family, pictures = "feed_forward=moe_4t4i", f"pictures={config.pictures}"
     second = ("objective=aux_routers", "optim=aux_routers", f"init_from={sparse}", aux_length)
-    pictures = f"pictures={config.pictures}"
-    generations = f"[{out / 'generate-dense'},{out / 'generate-moe_4t4i'}]"
+    drawn = [out / "generate-dense", out / "generate-moe_4t4i"]
+    look = (f"held_out={config.names}", "samples=3")
+    runs, shown = f"runs=[{dense},{sparse},{aux}]", f"generations=[{drawn[0]},{drawn[1]}]"
     return [
-        Stage("prepare", "prepare", ("prepare", f"name={config.corpus.name}", f"corpora={config.corpus.parent}")),
-        Stage("train dense", "train dense", ("train", "feed_forward=dense", corpus, length, f"run_dir={dense}")),
-        Stage("train moe_4t4i", "train moe_4t4i", ("train", family, corpus, length, f"run_dir={sparse}")),
-        Stage("train routers", "train routers", ("train", family, corpus, *second, f"run_dir={aux}")),
-        Stage("evaluate dense", "the rest", ("evaluate", f"run={dense}", pictures)),
-        Stage("evaluate moe_4t4i", "the rest", ("evaluate", f"run={aux}", pictures)),
-        *(
-            Stage(f"generate {name}", "the rest", ("generate", f"run={run}", f"held_out={config.names}", "samples=3",
-                  f"out={out / f'generate-{name}'}"))
-            for name, run in (("dense", dense), ("moe_4t4i", aux))
+        (Stage("prepare", "prepare", ("prepare", f"name={config.corpus.name}", f"corpora={config.corpus.parent}")),),
+        (
+            Stage("train dense", "train dense", ("train", "feed_forward=dense", *common, length, f"run_dir={dense}")),
+            Stage("train moe_4t4i", "train moe_4t4i", ("train", family, *common, length, f"run_dir={sparse}")),
         ),
-        Stage("report", "the rest", ("report", f"runs=[{dense},{sparse},{aux}]",
-              f"generations={generations}", f"out={out / 'report'}")),
-    ]  # fmt: skip
+        (Stage("train routers", "train routers", ("train", family, *common, *second, f"run_dir={aux}")),),
+        (Stage("evaluate dense", "the rest", ("evaluate", f"run={dense}", pictures)),),
+        (Stage("evaluate moe_4t4i", "the rest", ("evaluate", f"run={aux}", pictures)),),
+        (Stage("generate dense", "the rest", ("generate", f"run={dense}", *look, f"out={drawn[0]}")),),
+        (Stage("generate moe_4t4i", "the rest", ("generate", f"run={aux}", *look, f"out={drawn[1]}")),),
+        (Stage("report", "the rest", ("report", runs, shown, f"out={out / 'report'}")),),
+    ]
 
 
-def run_stage(stage: Stage, record: dict[str, Any], path: Path) -> None:
-    """Run a stage unless the same command is recorded as finished; adds its CPU and wall time. Exits on failure."""
-    command = shlex.join(("moma", *stage.arguments))
-    entry = record["stages"].setdefault(stage.name, {"cpu_s": 0.0, "wall_s": 0.0})
+def run_stages(stages: tuple[Stage, ...], record: dict[str, Any], path: Path) -> None:
+    """Run stages side by side, each in a process, unless the same command is recorded as finished.
+
+    Adds CPU and wall time of each to the record. A failure or an interruption is raised once all have ended.
+    """
     # the report is cheap and must show the times of everything before it: it is always made again
-    if entry.get("done") == command and stage.name != "report":
-        print(f"[{stage.name}] done before: {command}")
-        return
-    print(f"[{stage.name}] {command}", flush=True)
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    result, interrupted = None, False
-    with subprocess.Popen((sys.executable, "-m", "moma.cli", *stage.arguments)) as process:
-        while result is None:
+    entries = [record["stages"].setdefault(stage.name, {"cpu_s": 0.0, "wall_s": 0.0}) for stage in stages]
+    todo = []
+    for stage, entry in zip(stages, entries, strict=True):
+        command = shlex.join(("moma", *stage.arguments))
+        finished = entry.get("done") == command and stage.name != "report"
+        print(f"[{stage.name}] {'done before: ' if finished else ''}{command}", flush=True)
+        if not finished:
+            todo.append((stage, entry, command))
+    failures, interrupted = [], False
+    with concurrent.futures.ThreadPoolExecutor(len(stages)) as pool:
+        jobs = [pool.submit(_run, stage, len(todo) > 1) for stage, _, _ in todo]
+        while not all(job.done() for job in jobs):
             try:
-                result = process.wait()
-            except KeyboardInterrupt:  # the child got it too: let it finish its step and save
+                concurrent.futures.wait(jobs)
+            except KeyboardInterrupt:  # the children got it too: let them finish their step and save
                 interrupted = True
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    entry["cpu_s"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    entry["wall_s"] += time.monotonic() - start
-    entry |= {"command": command, "kind": stage.kind}
-    if not interrupted and result == 0:
-        entry["done"] = command
+    for (stage, entry, command), job in zip(todo, jobs, strict=True):
+        code, cpu_s, wall_s = job.result()
+        entry["cpu_s"] += cpu_s
+        entry["wall_s"] += wall_s
+        entry |= {"command": command, "kind": stage.kind}
+        if code == 0 and not interrupted:
+            entry["done"] = command
+        elif code:
+            failures.append(f"got exit code {code} from `{command}`, need 0: correct what it says, then run again")
     record["machine"] = {"cpu": _cpu_name(), "python": platform.python_version(), "system": platform.system()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, record)
     if interrupted:
         raise KeyboardInterrupt
-    if result:
-        raise ValueError(f"got exit code {result} from `{command}`, need 0: correct what it says, then run again")
+    if failures:
+        raise ValueError("; ".join(failures))
+
+
+def _run(stage: Stage, prefixed: bool) -> tuple[int, float, float]:
+    """Exit code, CPU seconds (with those of its own children) and wall seconds of one command."""
+    start = time.monotonic()
+    pipe = subprocess.PIPE if prefixed else None
+    process = subprocess.Popen((sys.executable, "-m", "moma.cli", *stage.arguments), stdout=pipe, text=prefixed)
+    if process.stdout is not None:
+        for line in process.stdout:
+            print(f"[{stage.name}] {line}", end="", flush=True)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime, time.monotonic() - start
 
 
 def print_budget(record: dict[str, Any], config: QuickstartConfig) -> None:

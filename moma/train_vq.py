@@ -33,7 +33,7 @@ from moma import checkpoint
 from moma.checkpoint import model_state, optimizer_state
 from moma.data.sources.emoji import EmojiConfig, emoji_files, read_picture
 from moma.data.sources.split import concept_key, is_held_out
-from moma.log import Progress
+from moma.log import LogConfig, Progress, RunLog
 from moma.meter import Duration
 from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
 from moma.tokenizer.image import ImageTokenizer, open_image, preprocess, to_tensor
@@ -42,9 +42,8 @@ from moma.vqgan.model import VqConfig, VqModel, load_vq, save_vq
 from moma.vqgan.quantize import CodebookState, code_statistics, empty_state, update_codebook
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-METRICS = "metrics.jsonl"  # in the run folder: training rows every log_every steps, held-out rows every eval_every
 # Fields that may change between a run and its resumption: they do not touch the weights.
-_FREE = ("out", "export", "cache", "log_every", "eval_every", "checkpoint_every", "grid_pictures")
+_FREE = ("out", "export", "cache", "log", "eval_every", "checkpoint_every", "grid_pictures")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class TrainVqConfig:
     device: str = "cpu"
     threads: int | None = None  # None: torch's choice
     seed: int = 0
-    log_every: int = 50
+    log: LogConfig = LogConfig()
     eval_every: int = 500
     checkpoint_every: int = 250
     grid_pictures: int = 16  # held-out pictures per source in the reconstruction grid
@@ -109,7 +108,7 @@ class TrainVqConfig:
             raise ValueError(
                 "got no pictures, need at least one source: set twemoji=1, openmoji=1 or train_paths=[TAR]"
             )
-        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name}={getattr(self, name)}, need at least 1: raise it")
         if self.precision not in ("bf16", "fp32") or self.export_dtype not in ("fp16", "fp32"):
@@ -152,7 +151,8 @@ def train_vq(config: TrainVqConfig) -> dict[str, float]:
 
     players = _players(config)
     state = _state(players)
-    start = _resume(config, state)
+    meta = _resume(config, state)
+    start = meta.get("step", 0)
     size = sum(p.numel() for p in players.model.parameters())
     print(
         f"train_vq: {len(pixels)} training pictures ({len(index)} an epoch), held out "
@@ -161,26 +161,28 @@ def train_vq(config: TrainVqConfig) -> dict[str, float]:
         flush=True,
     )
     order, progress = _Order(index, config.seed), Progress("train_vq", config.steps, start)
+    log = RunLog(out, config.log, _identity(config), meta.get("metrics_offset"), meta.get("wandb_id"))
     for step in range(start, config.steps):
         x = to_tensor(_augment(pixels[order.batch(step, config.batch_size)], config, step), config.device)
         values = _update(config, players, x, step)
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
+        if done % config.log.interval == 0 or done == config.steps:
             row = {name: float(value) for name, value in values.items()}
             if not math.isfinite(row["l1"] + row["quantizer"] + row["grad_norm"]):
                 raise ValueError(f"got a loss that is not finite at step {done}, need a finite one: lower lr")
-            _append(out, {"step": done, **row})
+            log.metrics(done, row)
             text = (f"{name} {row[name]:.4g}" for name in ("l1", "perceptual", "quantizer", "perplexity"))
             progress.update(done, "  ".join(text))
         if done % config.eval_every == 0 or done == config.steps:
             metrics = evaluate_vq(players.model, held_out)
-            _append(out, {"step": done, **metrics})
+            log.metrics(done, metrics)
             save_grid(players.model, held_out, config.grid_pictures, out / "grid.png")
             print("held out  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
         if done % config.checkpoint_every == 0 or done == config.steps:
-            meta = {"config": _identity(config), "metrics_offset": (out / METRICS).stat().st_size}
+            meta = {"config": _identity(config), "metrics_offset": log.offset(), "wandb_id": log.wandb_id}
             checkpoint.save(out / "checkpoints", done, state, meta, keep_last=2)
     progress.close()
+    log.close()
 
     save_vq(players.model, export, torch.float16 if config.export_dtype == "fp16" else torch.float32)
     # What users get is the stored file, so its own numbers are the ones reported.
@@ -196,8 +198,8 @@ def train_vq(config: TrainVqConfig) -> dict[str, float]:
 def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32) -> dict[str, float]:
     """Held-out metrics in float32 for each source's pictures uint8 (n, s, s, 3).
 
-    `psnr.<source>` dB, mean over the pictures' own PSNR after rounding to 8 bits; `usage.<source>` share of
-    the codes that occur; `perplexity.<source>` of the codes over the whole source.
+    `psnr/<source>` dB, mean over the pictures' own PSNR after rounding to 8 bits; `usage/<source>` share of
+    the codes that occur; `perplexity/<source>` of the codes over the whole source.
     """
     metrics = {}
     tokenizer = ImageTokenizer(model, next(model.parameters()).device, batch)
@@ -206,9 +208,9 @@ def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32
         error = tokenizer.decode_pixels(codes).astype(np.float64) - pixels
         mse = np.square(error).mean((1, 2, 3))
         usage, perplexity = code_statistics(torch.from_numpy(codes), model.config.n_embed)
-        metrics[f"psnr.{name}"] = float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 1e-3))))
-        metrics[f"usage.{name}"] = float(usage)
-        metrics[f"perplexity.{name}"] = float(perplexity)
+        metrics[f"psnr/{name}"] = float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 1e-3))))
+        metrics[f"usage/{name}"] = float(usage)
+        metrics[f"perplexity/{name}"] = float(perplexity)
     return metrics
 
 
@@ -458,23 +460,17 @@ def _optim(config: TrainVqConfig, lr: float) -> OptimConfig:
     )
 
 
-def _append(out: Path, row: dict[str, float]) -> None:
-    with (out / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def _identity(config: TrainVqConfig) -> dict[str, Any]:
     """The settings that decide the weights, as JSON would give them back."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
     return json.loads(json.dumps(fields, default=str))
 
 
-def _resume(config: TrainVqConfig, state: dict[str, Any]) -> int:
-    """Load the newest checkpoint into `state`, in place, and cut the metrics there; its step, or 0."""
-    metrics, folder = config.out / METRICS, checkpoint.latest(config.out / "checkpoints")
+def _resume(config: TrainVqConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """Load the newest checkpoint into `state`, in place; its meta, or nothing."""
+    folder = checkpoint.latest(config.out / "checkpoints")
     if folder is None:
-        metrics.write_text("")
-        return 0
+        return {}
     meta, want = checkpoint.read_meta(folder), _identity(config)
     have = meta["config"]
     changed = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
@@ -484,6 +480,4 @@ def _resume(config: TrainVqConfig, state: dict[str, Any]) -> int:
             "same settings to resume: restore them, or give another `out`"
         )
     checkpoint.load(folder, state)
-    with metrics.open("a") as file:
-        file.truncate(meta["metrics_offset"])
-    return meta["step"]
+    return meta

@@ -11,7 +11,7 @@ from moma.quickstart import Stage
 
 def test_every_command_composes():
     config = compose("quickstart", []).config
-    stages = quickstart.stages(config)
+    stages = [stage for together in quickstart.stages(config) for stage in together]
     assert {stage.kind for stage in stages} == set(config.budget)
     assert sum(config.budget.values()) <= 20
     for stage in stages:
@@ -22,22 +22,33 @@ def test_every_command_composes():
 def test_a_stage_runs_once_and_its_time_is_kept(tmp_path, capfd):
     record, path = {"stages": {}}, tmp_path / "quickstart.json"
     stage = Stage("describe", "the rest", ("describe", "output=json"))
-    quickstart.run_stage(stage, record, path)
+    quickstart.run_stages((stage,), record, path)
     first = json.loads(path.read_text())["stages"]["describe"]
     assert first["done"] == "moma describe output=json" and first["cpu_s"] > 0
-    quickstart.run_stage(stage, record, path)
+    quickstart.run_stages((stage,), record, path)
     out = capfd.readouterr().out
     assert out.count('"params_total"') == 1 and "[describe] done before" in out
     assert json.loads(path.read_text())["stages"]["describe"] == first
-    quickstart.run_stage(stage._replace(arguments=("describe", "model=90m", "output=json")), record, path)
+    other = stage._replace(arguments=("describe", "model=90m", "output=json"))
+    quickstart.run_stages((other,), record, path)
     assert capfd.readouterr().out.count('"params_total"') == 1  # another command is run
 
 
 def test_a_failing_stage_stops_with_its_command(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"got exit code 2 from `moma describe model=91m`, need 0"):
         stage = Stage("describe", "the rest", ("describe", "model=91m"))
-        quickstart.run_stage(stage, {"stages": {}}, tmp_path / "quickstart.json")
+        quickstart.run_stages((stage,), {"stages": {}}, tmp_path / "quickstart.json")
     assert "need one of 1_4b, 435m, 90m, tiny" in capfd.readouterr().err
+
+
+def test_stages_side_by_side_are_told_apart(tmp_path, capfd):
+    record = {"stages": {}}
+    pair = tuple(Stage(name, "the rest", ("describe", f"feed_forward={name}")) for name in ("dense", "moe_8x"))
+    quickstart.run_stages(pair, record, tmp_path / "quickstart.json")
+    lines = capfd.readouterr().out.splitlines()
+    for name in ("dense", "moe_8x"):
+        assert any(line.startswith(f"[{name}] total") for line in lines)
+        assert record["stages"][name]["done"] == f"moma describe feed_forward={name}"
 
 
 def test_budget_is_printed_per_kind(tmp_path, capsys):

