@@ -70,7 +70,7 @@ def stages(config: QuickstartConfig) -> list[tuple[Stage, ...]]:
     family, pictures = "feed_forward=moe_4t4i", f"pictures={config.pictures}"
     second = ("objective=aux_routers", "optim=aux_routers", f"init_from={sparse}", aux_length)
     drawn = [out / "generate-dense", out / "generate-moe_4t4i"]
-    look = (f"held_out={config.names}", "samples=3")
+    look = (f"held_out={config.names}", "samples=3", "guidance=1")
     runs, shown = f"runs=[{dense},{sparse},{aux}]", f"generations=[{drawn[0]},{drawn[1]}]"
     return [
         (Stage("prepare", "prepare", ("prepare", f"name={config.corpus.name}", f"corpora={config.corpus.parent}")),),
