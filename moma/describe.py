@@ -80,8 +80,9 @@ def memory(config: DescribeConfig, model: Transformer, vocab: Vocabulary) -> dic
     kept, transient = block_activations(config, vocab)
     chunk = min(CHUNK_TOKENS, tokens)
     casts = low * size * dim + low * tokens * dim if precision == "bf16" else 0
-    # logits low and wide, softmax and its low copy of one chunk; both gradients; the cast weight and states
-    head = chunk * size * (4 + 4 + 4 + low) + 4 * (size * dim + tokens * dim) + casts
+    # of one chunk: logits, their fp32 copy (bf16 only), log-softmax; both gradients; the cast weight and states
+    wide = 4 if precision == "bf16" else 0
+    head = chunk * size * (low + wide + 4) + 4 * (size * dim + tokens * dim) + casts
     stem = 4 * tokens * dim * 2  # embedding output, final norm
     bytes_ = {
         "parameters": 4 * params,

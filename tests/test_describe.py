@@ -68,8 +68,8 @@ def test_the_command_prints_one_json_object(made, capsys):
 @pytest.mark.parametrize(("feed_forward", "precision"), [("dense", "bf16"), ("moe_4t4i", "bf16"), ("moe_4t4i", "fp32")])
 def test_memory_estimate_is_within_ten_percent_of_the_measured_peak(made, feed_forward, precision):
     _, corpus, vocab = made
-    # tiny with its own micro-batch; 64 small pictures carry as many image tokens as 16 large ones
-    wanted = config(made, f"feed_forward={feed_forward}", f"precision={precision}", "vocab_size=5184", "data.images=64")
+    # tiny with its own micro-batch; 32 small pictures carry as many image tokens as 8 large ones
+    wanted = config(made, f"feed_forward={feed_forward}", f"precision={precision}", "vocab_size=5184", "data.images=32")
     estimate = describe.describe(wanted)["memory"]
     sources = dict(open_corpus(corpus, "train", vocab.hash))
     micro_batch, _ = next(Plan(sources, wanted.data.shape, seed=0).run())
