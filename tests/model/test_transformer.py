@@ -144,13 +144,12 @@ def test_one_graph_serves_every_block_and_batch(variant, padded, norm_order, mak
 @pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("name", ["dense", "moe_4t4i"])
 def test_inductor_equals_eager(name, variants, make_batch, make_model):
-    """The dense block whole; of the sparse one only what differs from it, to spare the C++ compiler."""
+    """Whole blocks, forward and backward, as one graph that serves batches of differing content."""
     torch._dynamo.reset()
     variant = variants[name]
     eager = make_model(variant, dtype=torch.float32, n_layers=1)
     compiled = make_model(variant, dtype=torch.float32, n_layers=1)
-    part = compiled.blocks[0] if name == "dense" else compiled.blocks[0].feed_forward
-    part.compile(fullgraph=True)
+    compiled.blocks[0].compile(fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(2):
             batch = make_batch(variant.vocabulary, seed)
