@@ -131,7 +131,7 @@ def test_refusals(runs, tmp_path, name, overrides, text):
 
 
 def test_a_dense_run_is_causal_in_every_mode(runs, tmp_path):
-    assert run(tmp_path, runs / "dense", "mode=train", "prompts=[sun]")["mode"] == "aux"
+    assert run(tmp_path, runs / "dense", "mode=train", "prompts=[sun]")["mode"] == "causal"
 
 
 def test_the_default_folder_is_the_runs_own(runs, tmp_path):
