@@ -7,18 +7,24 @@
 A save goes to the temporary name, every file and the folder are fsynced, then one rename makes it a
 checkpoint. Works with and without a process group: with one, every rank calls `save` and `load`, and any
 world size may load. State is a dict of tensors, nested at will: `{"model": model_state(model), "optimizer":
-optimizer_state(...)}`. Numbers, names and the configuration go into `meta`, which is JSON. moma pickles
-nothing itself, but DCP's own `.metadata` is a pickle: load the checkpoints of your own runs only; weights for
-others are exported as safetensors.
+optimizer_state(...)}`. Numbers, names and the configuration go into `meta`, which is JSON.
+
+`alone(run_dir)` keeps a second process out of a folder while the first one writes to it.
+
+Refuses a checkpoint that is cut short or of other names, shapes or dtypes, and a `.metadata` (DCP writes it
+as a pickle) that names anything but the few classes which describe tensors: reading one runs no code of its
+own. The tensors are read by `torch.load(weights_only=True)`.
 """
 
+import fcntl
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -38,6 +44,24 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 TMP = ".tmp-"
 FORMAT = 1
+LOCK = ".lock"
+_DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
+# All that `.metadata` names for plain and for sharded tensors; calling any of them does nothing but make a value.
+_ALLOWED = {
+    (_DESCRIPTIONS, "Metadata"),
+    (_DESCRIPTIONS, "TensorStorageMetadata"),
+    (_DESCRIPTIONS, "TensorProperties"),
+    (_DESCRIPTIONS, "ChunkStorageMetadata"),
+    (_DESCRIPTIONS, "MetadataIndex"),
+    (_DESCRIPTIONS, "StorageMeta"),
+    (_DESCRIPTIONS, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # its name in Python 3.13
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+}
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -158,6 +182,85 @@ def read_tensors(path: Path, group: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{group}/"): tensor for name, tensor in tensors.items()}
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be and hold its lock (`.lock` in it), so that one process at a time writes there.
+
+    A killed process lets go of it by itself. On the way out the lock file goes, and the folder too if nothing
+    else is in it. With several ranks, rank 0 alone enters. Raises ValueError when another process holds it.
+    """
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the one before has just removed the empty folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"got a second process in {folder}, need one at a time: wait for it or choose another folder"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_at(descriptor, path):
+            break
+        os.close(descriptor)  # the one before removed this file after we opened it: its lock protects nothing
+    try:
+        yield
+    finally:
+        # Removed while it is held, and only if it is ours still: nobody can lose a lock to this.
+        if _is_at(descriptor, path):
+            path.unlink()
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        # Released for forked workers too, which share it and may outlive this.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+class _Foreign(ValueError):
+    """A pickle that names something outside of `_ALLOWED`."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise _Foreign(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader, which would unpickle whatever `.metadata` names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with open(path, "rb") as file:
+            try:
+                metadata = _Unpickler(file).load()
+            except _Foreign as error:
+                raise _Foreign(
+                    f"got {path} that names {error}, need only what describes tensors: it is no checkpoint of "
+                    "moma and may be harmful, do not load it"
+                ) from None
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"{type(metadata).__name__} instead of Metadata")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 def _flatten(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, value in state.items():
         if isinstance(value, dict):
@@ -175,7 +278,9 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
         if have != size:
             raise ValueError(f"got {have} bytes in {path / name}, need {size}: remove {path}, resume from before")
     try:
-        return FileSystemReader(path).read_metadata().state_dict_metadata  # type: ignore[return-value]
+        return _Reader(path).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    except _Foreign:
+        raise
     except Exception as error:  # whatever unpickling a damaged file may raise
         raise _damaged(path, error) from error
 
@@ -183,7 +288,7 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         with _quiet():
-            dcp_load(tensors, storage_reader=FileSystemReader(path), no_dist=not _distributed())
+            dcp_load(tensors, storage_reader=_Reader(path), no_dist=not _distributed())
     except (CheckpointException, RuntimeError, OSError) as error:
         raise _damaged(path, error) from error
 

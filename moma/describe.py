@@ -2,7 +2,7 @@
 
 Memory is an estimate for one step on one device, eager, in bytes by kind:
 
-    parameters, gradients   4 B each          optimizer       AdamW, 8 B          (of trainable parameters)
+    parameters, gradients   4 B each          optimizer       AdamW, 8 B          (all parameters trained)
     activations             what autograd keeps of one block, measured on the meta device, times the layers
     loss_head               hidden states, chunk of logits, gradient of the head, all at once
     peak                    parameters + optimizer + max(loss head + activations, one block's backward + gradients)

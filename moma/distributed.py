@@ -22,6 +22,11 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     threads: int | None = None  # CPU threads; None: as torch finds them
+    peak_flops: float | None = None  # FLOP/s of the device for the MFU; None: no MFU
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"got threads={self.threads}, need at least 1, or null for torch's choice")
 
 
 def choose_device(wanted: str) -> torch.device:

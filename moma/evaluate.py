@@ -6,7 +6,7 @@ number names its mode. Micro-batches have the run's own shape; baselines are sco
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from moma.config import Composed, build
 from moma.data.batch import Batch
 from moma.data.shards import open_corpus
 from moma.distributed import autocast, choose_device
-from moma.evaluation import perplexity, routing
+from moma.evaluation import EVALUATORS
 from moma.evaluation.baselines import fit
-from moma.evaluation.maps import expert_names, routing_maps
+from moma.evaluation.maps import expert_names
 from moma.evaluation.pictures import (
     PictureFeatures,
     kernel_distance,
@@ -29,12 +29,12 @@ from moma.evaluation.pictures import (
     unigram_codes,
 )
 from moma.evaluation.runs import LoadedRun, load_run
-from moma.generation.interleaved import generate
-from moma.model.feed_forward import SparseFeedForward
+from moma.generation.interleaved import causal_mode, generate
+from moma.model.feed_forward import Mode, SparseFeedForward
 from moma.model.flops import parts_of, totals
 from moma.tokenizer.image import ImageTokenizer
 from moma.tokenizer.text import TextTokenizer
-from moma.train import DataConfig, validation_batches
+from moma.train import DataConfig, require_held_out, validation_batches
 
 ROWS = 256  # pictures drawn at once
 MIN_PICTURES = 20
@@ -52,6 +52,8 @@ class EvaluateConfig:
     out: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(f"got batches={self.batches}, need at least 1, or null for the whole split")
         if self.pictures and self.pictures < MIN_PICTURES:
             raise ValueError(f"got pictures={self.pictures}, need 0 (none) or at least {MIN_PICTURES} for a distance")
 
@@ -61,9 +63,12 @@ def main(composed: Composed) -> int:
     config: EvaluateConfig = composed.config
     device = choose_device(config.device)
     run = load_run(config.run, device)
-    result = evaluate(run, config.corpus, config.batches, device)
-    if config.pictures:
-        result["pictures"] = picture_distances(run, config.corpus or run.corpus, config.pictures, device)
+    corpus = config.corpus or run.corpus
+    require_held_out(corpus, run.vocab)
+    artist = Artist(run, corpus, config.pictures, device) if config.pictures else None
+    result = evaluate(run, corpus, config.batches, device)
+    if artist is not None:
+        result["pictures"] = artist.distances()
     out = config.out or config.run / "eval.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
@@ -74,23 +79,26 @@ def main(composed: Composed) -> int:
     return 0
 
 
-def evaluate(run: LoadedRun, corpus: Path | None, limit: int | None, device: torch.device) -> dict[str, Any]:
+def evaluate(run: LoadedRun, corpus: Path, limit: int | None, device: torch.device) -> dict[str, Any]:
     """Everything `eval.json` holds; see the module docstring."""
     config: dict[str, Any] = run.meta["config"]
     data: DataConfig = build(DataConfig, config["data"], "data")
-    corpus = corpus or run.corpus
     vocab, model = run.vocab, run.model
 
     def batches() -> Iterator[Batch]:
-        return validation_batches(corpus, vocab, data.shape, limit, device)
+        return validation_batches(corpus, vocab, data, limit, device)
 
     layer = model.blocks[0].feed_forward
-    routed = isinstance(layer, SparseFeedForward) and layer.n_routed > 0
-    has_aux = routed and len(layer.aux) > 0  # type: ignore[union-attr, arg-type]
-    modes = {"train": "train"} | ({"aux": "aux"} if has_aux else {}) if routed else {"causal": "train"}
+    routed = layer if isinstance(layer, SparseFeedForward) and layer.n_routed else None
+    has_aux = routed is not None and len(routed.aux) > 0
+    modes: dict[str, Mode] = {"causal": "train"} if routed is None else {"train": "train"}
+    modes |= {"aux": "aux"} if has_aux else {}
     table = totals(parts_of(model, data.row_length, data.modality_shares(vocab)))
     with autocast(run.precision, device):
-        losses = {name: perplexity(model, batches(), vocab, mode) for name, mode in modes.items()}  # type: ignore[arg-type]
+        found = {
+            name: {shown: evaluator(model, batches(), vocab, mode) for shown, mode in modes.items()}
+            for name, evaluator in EVALUATORS.items()
+        }
         result = {
             "run": str(run.run_dir),
             "model": config["model"],
@@ -103,16 +111,15 @@ def evaluate(run: LoadedRun, corpus: Path | None, limit: int | None, device: tor
             "micro_batches": sum(1 for _ in batches()),
             "precision": run.precision,
             **table,
-            "loss": losses,
+            "loss": found.pop("perplexity"),
             "baselines": baselines(corpus, run, batches()),
         }
-        if routed:
-            result["maps"] = _maps(run, batches, modes)
-        if has_aux:
-            result["routing"] = {
-                "training": routing(model, batches(), vocab, "train"),
-                "free_running": routing(model, batches(), vocab, "aux"),
-            }
+    maps, routing = found.pop("maps"), found.pop("routing")
+    if routed is not None:
+        result["maps"] = _maps(run, routed, maps)
+    if has_aux:
+        result["routing"] = {"training": routing["train"], "free_running": routing["aux"]}
+    result |= found  # evaluators of one's own: metrics per mode
     return result
 
 
@@ -133,58 +140,68 @@ def baselines(corpus: Path, run: LoadedRun, batches: Iterator[Batch]) -> dict[st
     return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
 
 
-def picture_distances(run: LoadedRun, corpus: Path, n: int, device: torch.device) -> dict[str, Any]:
-    """Kernel distance of `n` pictures drawn for held-out names (the model's own distribution, causal mode) from the
-    held-out pictures, beside pictures of per-position unigram codes and training pictures.
+class Artist:
+    """Draws `n` pictures for held-out names and measures their distance from the held-out pictures.
 
-    All pictures come out of the tokenizer's decoder, so its own loss of detail counts for nobody.
+    Everything that may be missing (image tokenizer, feature weights, causal routers, enough pairs) is refused when it
+    is built, before any work. All pictures come out of the tokenizer's decoder, so its own loss of detail counts for
+    nobody.
     """
-    vocab, text = run.vocab, TextTokenizer.load(run.tokenizer, run.vocab)
-    image, network = ImageTokenizer.load(run.tokenizer, device), PictureFeatures()
-    held = list(named_pictures(open_corpus(corpus, "val", vocab.hash), text, vocab, seed=0))
-    if len(held) < n:
-        raise ValueError(f"got pictures={n}, need at most the {len(held)} held-out pairs of {corpus}: lower it")
-    train = named_pictures(open_corpus(corpus, "train", vocab.hash), text, vocab, seed=0)
-    train_codes = np.stack([pair.codes for pair in train])
-    prompts = [[vocab.bos, *text.encode(pair.name), vocab.boi] for pair in held[:n]]
-    limit = vocab.tokens_per_image + 1
-    with autocast(run.precision, device):
-        drawn = [
-            g
-            for start in range(0, n, ROWS)
-            for g in generate(
-                run.model, prompts[start : start + ROWS], vocab,
-                mode="aux", max_new_tokens=limit, pictures=False, rows=range(start, min(n, start + ROWS)),
+
+    def __init__(self, run: LoadedRun, corpus: Path, n: int, device: torch.device) -> None:
+        self.run, self.n, self.device = run, n, device
+        self.mode: Mode = causal_mode(run.model, "aux")
+        self.text = TextTokenizer.load(run.tokenizer, run.vocab)
+        self.image, self.network = ImageTokenizer.load(run.tokenizer, device), PictureFeatures()
+        held, train = (open_corpus(corpus, split, run.vocab.hash) for split in ("val", "train"))
+        self.held = list(named_pictures(held, self.text, run.vocab, seed=0))
+        if len(self.held) < n:
+            raise ValueError(
+                f"got pictures={n}, need at most the {len(self.held)} held-out pairs of {corpus}: lower it"
             )
-        ]  # fmt: skip
-    generated = np.array([g.tokens[: vocab.tokens_per_image] for g in drawn]) - vocab.image_start
+        self.train_codes = np.stack([pair.codes for pair in named_pictures(train, self.text, run.vocab, seed=0)])
 
-    def features(codes: np.ndarray) -> np.ndarray:
-        pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in image.decode(codes)])
-        return picture_features(pixels, network, device=device)
+    def draw(self) -> np.ndarray:
+        """Codes (n, tokens per image) from the model's own distribution, in a causal mode."""
+        vocab, codes = self.run.vocab, []
+        prompts = [[vocab.bos, *self.text.encode(pair.name), vocab.boi] for pair in self.held[: self.n]]
+        for start in range(0, self.n, ROWS):
+            part = prompts[start : start + ROWS]
+            with autocast(self.run.precision, self.device):
+                made = generate(
+                    self.run.model, part, vocab, mode=self.mode, max_new_tokens=vocab.tokens_per_image + 1,
+                    pictures=False, rows=range(start, start + len(part)),
+                )  # fmt: skip
+            codes += [row.tokens[: vocab.tokens_per_image] for row in made]
+        return np.array(codes) - vocab.image_start
 
-    real = features(np.stack([pair.codes for pair in held]))
-    sets = {
-        "generated": generated,
-        "unigram": unigram_codes(train_codes, n, seed=0),
-        "training": train_codes[:n],
-    }
-    found: dict[str, Any] = {"network": "efficientnet-lite0", "n": n, "n_real": len(held)}
-    for name, codes in sets.items():
-        value, error = kernel_distance(features(codes), real)
-        found[name] = {"kid": value, "se": error}
-    return found
+    def features(self, codes: np.ndarray) -> np.ndarray:
+        """Features (n, 1280) of decoded pictures."""
+        pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in self.image.decode(codes)])
+        return picture_features(pixels, self.network, device=self.device)
+
+    def distances(self) -> dict[str, Any]:
+        """Kernel distance and its standard error of generated, per-position unigram and training pictures."""
+        real = self.features(np.stack([pair.codes for pair in self.held]))
+        sets = {
+            "generated": self.draw(),
+            "unigram": unigram_codes(self.train_codes, self.n, seed=0),
+            "training": self.train_codes[: self.n],
+        }
+        found: dict[str, Any] = {"network": "efficientnet-lite0", "n": self.n, "n_real": len(self.held)}
+        for name, codes in sets.items():
+            value, error = kernel_distance(self.features(codes), real)
+            found[name] = {"kid": value, "se": error}
+        return found
 
 
-def _maps(run: LoadedRun, batches: Callable[[], Iterator[Batch]], modes: dict[str, str]) -> dict[str, Any]:
-    layer = run.model.blocks[0].feed_forward
-    assert isinstance(layer, SparseFeedForward)
-    by_mode = {name: routing_maps(run.model, batches(), run.vocab, mode) for name, mode in modes.items()}  # type: ignore[arg-type]
+def _maps(run: LoadedRun, layer: SparseFeedForward, by_mode: dict[str, Any]) -> dict[str, Any]:
+    """The maps of every mode with names for experts, modalities and tokens."""
     text = TextTokenizer.load(run.tokenizer, run.vocab)
     names = expert_names(layer.group_sizes, run.vocab.modalities)
     maps: dict[str, Any] = {"experts": names, "modalities": list(run.vocab.modalities)}
     for field in ("share", "image_position", "score"):
-        maps[field] = {name: found[field] for name, found in by_mode.items()}
+        maps[field] = {mode: found[field] for mode, found in by_mode.items()}
     maps["grid"] = list(run.vocab.image_grid)
     maps["top_tokens"] = [
         [[[_token_name(int(i), run, text), lift] for i, lift in expert] for expert in found]

@@ -88,7 +88,7 @@ class TokenGroups(NamedTuple):
     valid: tuple[Tensor, ...] | None = None
 
     def to(self, device: torch.device | str) -> "TokenGroups":
-        """The same groups on `device` (asynchronous where the memory is pinned)."""
+        """The same groups on `device`."""
 
         def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(t.to(device, non_blocking=True) for t in tensors)

@@ -1,4 +1,5 @@
-"""What a step minimises: `loss(model, batch, denominator) -> (loss, tallies)`; the loop never asks which it is.
+"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail) -> (loss, tallies)`; the loop never
+asks which it is.
 
     next_token     cross-entropy + z_weight * lse^2          all parameters (Chameleon section 2.3)
     aux_routers    BCE of the causal predictors against the training rule's choice; everything else frozen

@@ -13,7 +13,6 @@ picture takes its document with it: skipped, counted and listed in the manifest,
 `on_error=stop`.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -34,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moma.checkpoint import LOCK, alone
 from moma.data.shards import (
     MANIFEST,
     read_manifest,
@@ -118,7 +117,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     vocab = load_vocabulary(asset)
     corpus = Path(config.corpora) / config.name
     provenance = _provenance(config, vocab)
-    with _alone(corpus):
+    with alone(corpus):
         if _begin(corpus, provenance, config.overwrite):
             return read_manifest(corpus)
         records = _shards(config, asset, vocab, corpus)
@@ -174,9 +173,12 @@ def encode_chunk(chunk: Chunk, encoders: Encoders, on_error: str) -> tuple[list[
 def _check(config: PrepareConfig) -> None:
     if not config.sources:
         raise ValueError("got no sources, need at least one: name them, as in conf/prepare.yaml")
-    for name in config.sources:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ValueError(f"got source name {name!r}, need a plain folder name: rename it")
+    for what, name in [("corpus", config.name), *(("source", name) for name in config.sources)]:
+        # A hidden one would meet our own .lock and .progress, and `..` would lead out of the folder.
+        if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
+            raise ValueError(
+                f"got {what} name {name!r}, need a plain folder name (no / or \\, no dot in front): rename it"
+            )
     if not 0 <= config.val_fraction < 1:
         raise ValueError(f"got val_fraction={config.val_fraction}, need 0 to below 1: use 0.05")
     if config.shard_tokens < 1 or config.workers < 0:
@@ -203,31 +205,17 @@ def _provenance(config: PrepareConfig, vocab: Vocabulary) -> list[dict[str, Any]
     return entries
 
 
-@contextmanager
-def _alone(corpus: Path) -> Iterator[None]:
-    """Hold the corpus's lock; a killed process lets go of it by itself."""
-    corpus.parent.mkdir(parents=True, exist_ok=True)
-    with open(corpus.parent / f".{corpus.name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"got a corpus {corpus} that another process is preparing, need it for this one alone: wait for "
-                "the other one, or choose another name"
-            ) from error
-        yield
-
-
 def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> bool:
     """Open the corpus's folder; whether the corpus is finished already."""
     recorded = corpus / PROGRESS / "provenance.json"
     if overwrite and corpus.exists():
-        if not recorded.is_file() and not (corpus / MANIFEST).is_file() and any(corpus.iterdir()):
+        others = any(path.name != LOCK for path in corpus.iterdir())
+        if not recorded.is_file() and not (corpus / MANIFEST).is_file() and others:
             raise ValueError(
                 f"got folder {corpus} with files that are no corpus, need a corpus or an empty folder: "
                 "choose another name"
             )
-        shutil.rmtree(corpus)
+        _clear(corpus)
     if (corpus / MANIFEST).is_file():
         found, finished = read_manifest(corpus)["provenance"], True
     elif recorded.is_file():
@@ -245,6 +233,24 @@ def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> b
             "need the same to continue it: choose another name, or pass overwrite=true"
         )
     return finished
+
+
+def _clear(corpus: Path) -> None:
+    """Remove all of a corpus but its lock: manifest first, then shards, last what says that it is a corpus.
+
+    A kill in the middle leaves no manifest without its shards, and a folder that only overwrite=true takes.
+    """
+    progress = corpus / PROGRESS
+    progress.mkdir(exist_ok=True)
+    write_json(progress / "provenance.json", [])  # of no config: refused by all but the next overwrite
+    (corpus / MANIFEST).unlink(missing_ok=True)
+    for path in corpus.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path != progress:
+                shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(progress)
 
 
 def _first_difference(found: list[dict[str, Any]], need: list[dict[str, Any]]) -> str:

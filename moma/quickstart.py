@@ -54,6 +54,11 @@ def main(composed: Composed) -> int:
     print(f"budget in CPU minutes (user + system): {planned}; together {sum(config.budget.values()):g}")
     record_path = config.out / "quickstart.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {"stages": {}}
+    wanted = {"tokens": config.tokens, "aux_tokens": config.aux_tokens, "corpus": str(config.corpus)}
+    if record.setdefault("config", wanted) != wanted:
+        raise ValueError(
+            f"got {wanted} for {config.out}, which holds {record['config']}, need the same to go on: choose another out"
+        )
     for together in stages(config):
         run_stages(together, record, record_path)
     print_budget(record, config)
@@ -114,8 +119,10 @@ def run_stages(stages: tuple[Stage, ...], record: dict[str, Any], path: Path) ->
         entry["cpu_s"] += cpu_s
         entry["wall_s"] += wall_s
         entry |= {"command": command, "kind": stage.kind}
-        if code == 0 and not interrupted:
+        if code == 0 and not interrupted and _finished(stage):
             entry["done"] = command
+        elif code == 0:  # a training that was asked to stop has saved and ended in order
+            interrupted = True
         elif code:
             failures.append(f"got exit code {code} from `{command}`, need 0: correct what it says, then run again")
     record["machine"] = {"cpu": _cpu_name(), "python": platform.python_version(), "system": platform.system()}
@@ -137,6 +144,16 @@ def _run(stage: Stage, prefixed: bool) -> tuple[int, float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_utime + usage.ru_stime, time.monotonic() - start
+
+
+def _finished(stage: Stage) -> bool:
+    """Whether a training has reached its last step; other stages are finished when they end."""
+    if stage.arguments[0] != "train":
+        return True
+    (run_dir,) = (Path(a.removeprefix("run_dir=")) for a in stage.arguments if a.startswith("run_dir="))
+    metas = sorted((run_dir / "checkpoints").glob("step-*/meta.json"))
+    meta = json.loads(metas[-1].read_text()) if metas else {"step": 0, "total_steps": 1}
+    return meta["step"] == meta["total_steps"]
 
 
 def print_budget(record: dict[str, Any], config: QuickstartConfig) -> None:

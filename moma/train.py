@@ -53,6 +53,11 @@ class DataConfig:
     accumulation: int = 1  # micro-batches per optimizer step
     mixture: dict[str, float] = field(default_factory=dict)  # weight per source; empty: by size
 
+    def __post_init__(self) -> None:
+        PlanShape(self.rows, self.row_length, self.images)
+        if self.accumulation < 1:
+            raise ValueError(f"got accumulation={self.accumulation}, need at least 1 micro-batch per step")
+
     @property
     def shape(self) -> PlanShape:
         return PlanShape(self.rows, self.row_length, self.images)
@@ -82,6 +87,10 @@ class EvalConfig:
     interval: Duration | None = None
     batches: int = 8
 
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise ValueError(f"got batches={self.batches}, need at least 1: interval=null turns evaluation off")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -89,6 +98,10 @@ class CheckpointConfig:
 
     interval: Duration = Duration(steps=1000)
     keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 0:
+            raise ValueError(f"got keep_last={self.keep_last}, need at least 1, or 0 to keep all")
 
 
 @dataclass(frozen=True)
@@ -155,8 +168,11 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         config.model, config.feed_forward, vocab.size, vocab.modalities,
         seed=config.seed.init, aux_routers=needs_aux, device=device,
     )  # fmt: skip
+    init_step = meta.get("init_step")
     if config.init_from and not newest:
-        load_parameters(model, config.init_from, needs_aux)
+        base = checkpoint.latest(config.init_from / "checkpoints")
+        init_step = checkpoint.read_meta(base)["step"] if base else None
+        load_parameters(model, config.init_from, identity, needs_aux)
     freeze_for(config.objective, model)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     state = {
@@ -172,16 +188,23 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     tokens_per_step = config.data.tokens_per_step
     total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
     learning_rate(0, total, config.optim, tokens_per_step, flops_per_token)  # refuses bad schedules before work
-    run = _Run(config, run_dir, vocab, model, optimizer, identity, device, precision, total, meta.get("window", {}))
+    if meta and meta["total_steps"] != total:
+        print(f"{run_dir}: {meta['total_steps']} steps before, {total} now: the learning rate follows the new horizon")
+    if config.eval.interval and not config.objective.needs_aux_routers:
+        require_held_out(config.data.corpus, vocab)
+    run = _Run(
+        config, run_dir, vocab, model, optimizer, identity, device, precision, total, meta.get("window", {}), init_step
+    )
     run.print_plan(flops, sources, meta.get("step", 0))
-    loader = Loader(plan, dict(sources), vocab, state=meta.get("data"))
-    meter = Meter(None, state=meta.get("meter"))
-    log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
-    try:
-        return run.loop(meta.get("step", 0), loader, meter, log, flops_per_token)
-    finally:
-        loader.close()
-        log.close()
+    meter = Meter(config.parallel.peak_flops, state=meta.get("meter"))
+    with checkpoint.alone(run_dir):
+        log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
+        loader = Loader(plan, dict(sources), vocab, state=meta.get("data"))
+        try:
+            return run.loop(meta.get("step", 0), loader, meter, log, flops_per_token)
+        finally:
+            loader.close()
+            log.close()
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
@@ -195,11 +218,22 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -
         )
 
 
-def load_parameters(model: Transformer, run_dir: Path, new_aux: bool) -> None:
-    """Copy the newest checkpoint's parameters; only auxiliary routers may be new. Raises ValueError otherwise."""
+def load_parameters(model: Transformer, run_dir: Path, identity: dict[str, Any], new_aux: bool) -> None:
+    """Copy the newest checkpoint's parameters; only auxiliary routers may be new.
+
+    Raises ValueError unless the run has the same model, feed-forward and vocabulary, and, for auxiliary routers, the
+    same micro-batch: routing runs over it, so it is part of the model.
+    """
     newest = checkpoint.latest(run_dir / "checkpoints")
     if newest is None:
         raise ValueError(f"got init_from={run_dir} without a checkpoint, need a trained run: train it first")
+    fields = ("vocab_hash", "model", "feed_forward")
+    fields += ("data.rows", "data.row_length", "data.images") if new_aux else ()
+    changed, _ = config_diff(checkpoint.read_meta(newest)["config"], identity, fields)
+    if changed:
+        raise ValueError(
+            f"got init_from={run_dir} of another model ({'; '.join(changed)}), need the same: use its overrides"
+        )
     tensors = checkpoint.read_tensors(newest, "model")
     own = {name for name, _ in model.named_parameters()}
     missing = sorted(n for n in own - set(tensors) if not (new_aux and ".aux." in n))
@@ -215,12 +249,22 @@ def load_parameters(model: Transformer, run_dir: Path, new_aux: bool) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def require_held_out(corpus: Path, vocab: Vocabulary) -> None:
+    """Raise ValueError where a corpus has no held-out document."""
+    if not any(source.n_documents for source in open_corpus(corpus, "val", vocab.hash).values()):
+        raise ValueError(
+            f"got no held-out document in {corpus}, need some to evaluate: prepare it with val_fraction above 0, or "
+            "set eval.interval=null"
+        )
+
+
 def validation_batches(
-    corpus: Path, vocab: Vocabulary, shape: PlanShape, limit: int | None, device: torch.device
+    corpus: Path, vocab: Vocabulary, data: DataConfig, limit: int | None, device: torch.device
 ) -> Iterator[Batch]:
-    """Held-out micro-batches of the training shape: one pass over every source, in a fixed order."""
+    """Held-out micro-batches of the training shape: one pass over every source of the mixture, in a fixed order."""
     sources = dict(open_corpus(corpus, "val", vocab.hash))
-    plan = Plan(sources, shape, seed=0, passes=1)
+    shape, mixture = data.shape, {name: weight for name, weight in data.mixture.items() if name in sources}
+    plan = Plan(sources, shape, seed=0, mixture=mixture, passes=1)
     for micro_batch, _ in plan.run():
         if limit is not None and micro_batch.number >= limit:
             return
@@ -229,13 +273,18 @@ def validation_batches(
 
 def git_state() -> dict[str, Any]:
     """Commit and whether the tree was clean; empty outside a checkout."""
-    here = Path(__file__).resolve().parent
+    checkout = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        if Path(git("rev-parse", "--show-toplevel")) != checkout:  # moma installed inside another project
+            return {}
+        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": commit.stdout.strip(), "clean": not status.stdout.strip()}
 
 
 @dataclass
@@ -252,6 +301,7 @@ class _Run:
     precision: str
     total: int
     window: dict[str, list[float]]
+    init_step: int | None
     stop_asked: bool = False
 
     def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog, flops_per_token: float) -> int:
@@ -262,10 +312,10 @@ class _Run:
         eval_every = config.eval.interval and max(1, config.eval.interval.to_steps(*units, self.total))
         save_every = max(1, config.checkpoint.interval.to_steps(*units, self.total))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        progress, data_state = Progress(config.objective.kind, self.total, step), loader.state
+        progress, data_state = Progress(config.objective.kind, self.total, step), loader.state or {}
         window = {name: torch.tensor(tally, device=self.device) for name, tally in self.window.items()}
         with self._signals():
-            while step < self.total and not self.stop_asked:
+            while step < self.total:
                 logs = (step + 1) % config.log.interval == 0 or step + 1 == self.total
                 # ---- one step ---------------------------------------------------------------------------------
                 with meter.time("data_wait"):
@@ -293,6 +343,9 @@ class _Run:
                 values: dict[str, float] = {}
                 if logs:
                     values = _means(window) | {"grad_norm": grad_norm.item(), "lr": lr} | meter.rates()
+                    values |= _source_metrics(data_state, loader.plan)
+                    if step == self.total:
+                        values |= meter.seconds()
                     self._refuse_non_finite(values, step, batches)
                     window = {}
                 if eval_every and (step % eval_every == 0 or step == self.total):
@@ -301,11 +354,20 @@ class _Run:
                 if values:
                     log.metrics(step, values)
                     progress.update(step, _summary(values))
-                if step % save_every == 0 or step == self.total or self.stop_asked:
+                stop = self.stop_asked  # read once: a signal after this line is seen in the next round
+                if step % save_every == 0 or step == self.total or stop:
+                    if window:
+                        unlogged = _means(window) | {"grad_norm": grad_norm.item()}
+                        self._refuse_non_finite(unlogged, step, batches)
                     with meter.time("checkpoint"):
                         self.window = {name: tally.tolist() for name, tally in window.items()}
                         self._save(step, data_state, meter, log)
+                if stop:
+                    break
         progress.close()
+        if data_state:
+            shares = ((n, v) for n, v in _source_metrics(data_state, loader.plan).items() if n.endswith("share"))
+            print("realised shares of tokens: " + ", ".join(f"{n.split('/')[1]} {v:.1%}" for n, v in shares))
         if step < self.total:
             print(f"stopped after step {step} of {self.total}: run the same command to go on")
         return 0
@@ -314,9 +376,7 @@ class _Run:
         config = self.config
         if config.objective.needs_aux_routers:
             return {}
-        batches = validation_batches(
-            config.data.corpus, self.vocab, config.data.shape, config.eval.batches, self.device
-        )
+        batches = validation_batches(config.data.corpus, self.vocab, config.data, config.eval.batches, self.device)
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             metrics = perplexity(self.model, batches, self.vocab, "train")
         return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")}
@@ -335,6 +395,7 @@ class _Run:
             "window": self.window,  # tallies since the last line, so that the next one is the same after a resume
             "wandb_id": log.wandb_id,
             "total_steps": self.total,
+            "init_step": self.init_step,  # of the run that init_from names
         }
         state = {
             "model": checkpoint.model_state(self.model),
@@ -391,6 +452,17 @@ def _means(window: Tallies) -> dict[str, float]:
     """One transfer for all tallies; a tally that counted nothing is left out."""
     sums = torch.stack(list(window.values())).double().cpu().tolist()
     return {name: total / count for name, (total, count) in zip(window, sums, strict=True) if count}
+
+
+def _source_metrics(state: dict[str, Any], plan: Plan) -> dict[str, float]:
+    """Passes, tokens and realised share of every source up to a state of the plan."""
+    total = max(1, sum(state["tokens"].values()))
+    values: dict[str, float] = {}
+    for name, source in plan.sources.items():
+        values[f"data/{name}/passes"] = state["pass"][name] + state["position"][name] / source.n_documents
+        values[f"data/{name}/tokens"] = state["tokens"][name]
+        values[f"data/{name}/share"] = state["tokens"][name] / total
+    return values
 
 
 def _summary(values: dict[str, float]) -> str:

@@ -74,6 +74,12 @@ def test_the_checkpoint_stays_as_it_is(runs):
 
 
 def test_refusals(runs, tmp_path):
+    with pytest.raises(ValueError, match="got batches=0, need at least 1, or null for the whole split"):
+        compose("evaluate", ["run=x", "batches=0"])
+    (runs["dense"] / "eval.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"vqgan"):  # the made-up tokenizer draws no pictures: said before any work
+        evaluated(runs["dense"], "pictures=20")
+    assert not (runs["dense"] / "eval.json").exists()
     with pytest.raises(ValueError, match=r"got pictures=3, need 0 \(none\) or at least 20"):
         compose("evaluate", ["run=x", "pictures=3"])
     with pytest.raises(ValueError, match=r"got .*nothing without a checkpoint, need a trained run"):

@@ -18,7 +18,7 @@ def lines(folder: Path) -> list[dict]:
 def test_a_resumed_run_holds_every_step_once(tmp_path: Path) -> None:
     log = RunLog(tmp_path, LogConfig(), {})
     log.metrics(0, {"loss": 3.0})
-    log.metrics(1, {"loss": 2.5, "router/3/load_0": 7})
+    log.metrics(1, {"loss": 2.5, "router/3/picks_text": 7})
     offset = log.offset()
     log.metrics(2, {"loss": 2.0})  # after the checkpoint: lost with the kill
     log.close()
@@ -27,7 +27,7 @@ def test_a_resumed_run_holds_every_step_once(tmp_path: Path) -> None:
     again.close()
     assert lines(tmp_path) == [
         {"step": 0, "loss": 3.0},
-        {"step": 1, "loss": 2.5, "router/3/load_0": 7},
+        {"step": 1, "loss": 2.5, "router/3/picks_text": 7},
         {"step": 2, "loss": 2.0, "z_loss": None, "lr": None, "loss_image": None},
     ]
     with pytest.raises(ValueError, match=r"metrics.jsonl of \d+ bytes, need the 9999 of the checkpoint: restore"):

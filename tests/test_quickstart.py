@@ -55,3 +55,19 @@ def test_budget_is_printed_per_kind(tmp_path, capsys):
     config = compose("quickstart", []).config
     quickstart.print_budget({"stages": {"a": {"kind": "prepare", "cpu_s": 30.0}}}, config)
     assert "prepare            0.5 of" in capsys.readouterr().out
+
+
+def test_other_lengths_need_another_folder(tmp_path):
+    (tmp_path / "quickstart.json").write_text(json.dumps({"stages": {}, "config": {"tokens": 1.0}}))
+    with pytest.raises(ValueError, match="got .* which holds .*need the same to go on: choose another out"):
+        quickstart.main(compose("quickstart", [f"out={tmp_path}"]))
+
+
+@pytest.mark.parametrize(("step", "finished"), [(3, False), (8, True)])
+def test_a_training_that_stopped_early_is_not_finished(tmp_path, step, finished):
+    folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps({"step": step, "total_steps": 8}))
+    stage = Stage("train", "train dense", ("train", f"run_dir={tmp_path}"))
+    assert quickstart._finished(stage) is finished
+    assert quickstart._finished(stage._replace(arguments=("evaluate", "run=x")))

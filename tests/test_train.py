@@ -11,8 +11,9 @@ import torch
 
 from moma import checkpoint
 from moma.config import compose
+from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
-from moma.train import main
+from moma.train import DataConfig, main, validation_batches
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def parameters(run_dir):
 def lines(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timing = ("tokens_per_second", "data_wait_s")
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+    return [{k: v for k, v in row.items() if k not in timing and not k.startswith("time/")} for row in rows]
 
 
 @pytest.mark.parametrize("feed_forward", ["dense", "moe_4t4i"])
@@ -140,10 +141,77 @@ def test_bad_requests_leave_nothing_behind(made, tmp_path, overrides, text):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_models_parameters_are_refused(made, tmp_path):
-    main(command(made, tmp_path / "base", "feed_forward=dense"))
-    with pytest.raises(ValueError, match=r"whose parameters differ from this model's .* need the same model"):
-        main(command(made, tmp_path / "aux", "objective=aux_routers", f"init_from={tmp_path / 'base'}"))
+@pytest.mark.parametrize(
+    "override",
+    ["model.norm_order=pre", "model.n_heads=4", "feed_forward.selection.capacity_factor=0.5", "data.rows=1"],
+)
+def test_routers_start_only_from_the_same_model_and_micro_batch(made, tmp_path, override):
+    main(command(made, tmp_path / "base"))
+    second = ["objective=aux_routers", f"init_from={tmp_path / 'base'}", "data.images=2", override]
+    key = override.split("=")[0]
+    with pytest.raises(ValueError, match=rf"got init_from=.*base of another model \(.*{key}: .*need the same"):
+        main(command(made, tmp_path / "aux", *second))
+    assert not (tmp_path / "aux").exists()
+
+
+def test_a_longer_horizon_is_said_and_goes_on(made, tmp_path, capsys):
+    main(command(made, tmp_path / "run"))
+    assert main(command(made, tmp_path / "run", "duration.tokens=2048")) == 0
+    assert "8 steps before, 16 now: the learning rate follows the new horizon" in capsys.readouterr().out
+    assert lines(tmp_path / "run")[-1]["step"] == 16
+
+
+def test_sources_are_counted(made, tmp_path, capsys):
+    main(command(made, tmp_path / "run"))
+    last = lines(tmp_path / "run")[-1]
+    assert last["data/pair/tokens"] + last["data/text/tokens"] == 1024
+    assert last["data/pair/share"] + last["data/text/share"] == pytest.approx(1)
+    assert 0 < last["data/pair/passes"] < 1
+    assert "realised shares of tokens: pair" in capsys.readouterr().out
+
+
+def test_a_corpus_without_held_out_documents_is_refused_before_training(made, tmp_path):
+    tokenizer, corpus, vocab = made
+    bare = tmp_path / "bare"
+    shutil.copytree(corpus, bare)
+    manifest = json.loads((bare / "manifest.json").read_text())
+    for source in manifest["splits"]["val"].values():
+        source |= {"shards": [], "tokens": 0, "documents": 0, "images": 0}
+    (bare / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"got no held-out document in .*bare, need some to evaluate"):
+        main(command((tokenizer, bare, vocab), tmp_path / "run", "eval.interval.steps=2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_follows_the_mixture(made):
+    _, corpus, vocab = made
+    data = DataConfig(corpus, 2, 64, 3, mixture={"text": 0.0})
+    batches = list(validation_batches(corpus, vocab, data, None, torch.device("cpu")))
+    pairs = int(open_corpus(corpus, "val", vocab.hash)["pair"].document_tokens.sum())
+    assert sum(int((b.document_RL >= 0).sum()) for b in batches) == pairs
+
+
+def test_two_runs_in_one_folder_are_refused(made, tmp_path):
+    with checkpoint.alone(tmp_path / "run"), pytest.raises(ValueError, match="got a second process in .*run, need one"):
+        main(command(made, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("data.accumulation=0", "got accumulation=0, need at least 1 micro-batch per step"),
+        ("data.rows=0", "got rows=0"),
+        ("eval.batches=0", "got batches=0, need at least 1: interval=null turns evaluation off"),
+        ("checkpoint.keep_last=-1", "got keep_last=-1, need at least 1, or 0 to keep all"),
+        ("parallel.threads=0", "got threads=0, need at least 1, or null"),
+        ("model.n_heads=0", "need at least 1 of each"),
+        ("model.n_layers=0", "need at least 1 of each"),
+        ("model.hidden_dim=0", "need at least 1 of each"),
+    ],
+)
+def test_sizes_are_checked_when_the_configuration_is_built(made, tmp_path, override, text):
+    with pytest.raises(ValueError, match=text):
+        command(made, tmp_path / "run", override)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(made, tmp_path):

@@ -45,6 +45,7 @@ from moma.analysis.speedup import (
 MOST_BYTES = 5_000_000
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHARACTERS = 24, 4, 280
 TOP_TOKENS = 6
+_SETTINGS = ("model", "data", "optim", "precision", "vocab_hash")  # equal in the two runs of a pair
 _MODES = {
     "causal": "causal: no routers",
     "aux": "aux: causal, auxiliary routers",
@@ -85,11 +86,19 @@ def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
             f"got a damaged {path} ({type(error).__name__}: {error}), need generations with prompt and kind: "
             "run moma generate again"
         ) from None
-    name = Path(str(record.get("run", ""))).name
-    label = next((run.variant for run in runs if name in _names(run)), None)
-    return Generations(
-        label or str(record.get("feed_forward") or folder.name), str(record.get("mode", "?")), folder, entries
-    )
+    label = _variant_at(str(record.get("run", "")), runs) or str(record.get("feed_forward") or folder.name)
+    return Generations(label, str(record.get("mode", "?")), folder, entries)
+
+
+def _variant_at(recorded: str, runs: Sequence[Run]) -> str | None:
+    """Variant of the run at the path `recorded`, else of the runs of that name; None if those are several."""
+    path = Path(recorded)
+    for run in runs:
+        if path.resolve() in {one.folder.resolve() for one in _with_routers([run])}:
+            return run.variant
+    # The folders were moved, or the path was relative to another folder: the name must do.
+    named = {run.variant for run in runs if path.name in {one.name for one in _with_routers([run])}}
+    return named.pop() if len(named) == 1 else None
 
 
 def _by_prompt(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -246,7 +255,7 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         return _section(
             "Verdict",
             "<p class=banner>No verdict: it needs a dense and a sparse run of the same seeds, both "
-            "evaluated, the sparse one with trained auxiliary routers.</p>",
+            "evaluated, the sparse one with trained auxiliary routers.</p>" + _warnings(runs),
         )
     least = min(row.difference.n for row in rows)
     if least == 1:
@@ -279,8 +288,11 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         "the sparse model routes by its auxiliary routers (aux). Baseline: bigram for text, per-position "
         "unigram for image codes, fitted on the training split.</p>"
     )
-    parts += [f"<p class=warn>{html.escape(note)}</p>" for note in _unfair(runs)]
-    return _section("Verdict", "".join(parts))
+    return _section("Verdict", "".join(parts) + _warnings(runs))
+
+
+def _warnings(runs: Sequence[Run]) -> str:
+    return "".join(f"<p class=warn>{html.escape(note)}</p>" for note in _unfair(runs))
 
 
 def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
@@ -621,7 +633,9 @@ def _summary(runs: Sequence[Run], rows: Sequence[Row], etas: Sequence[Speedup]) 
 
 
 def _unfair(runs: Sequence[Run]) -> Iterable[str]:
-    """What makes the comparison less than equal."""
+    """What makes the comparison less than equal: stale files first, then unequal pairs."""
+    for run in runs:
+        yield from _stale(run)
     for variant in sparse_variants(runs):
         for dense, sparse in paired(runs, variant):
             a, b = float(dense.metrics["flops"][-1]), float(sparse.metrics["flops"][-1])
@@ -630,6 +644,34 @@ def _unfair(runs: Sequence[Run]) -> Iterable[str]:
             batches = [run.eval.get("micro_batches") for run in (dense, sparse) if run.eval]
             if len(set(batches)) > 1:
                 yield f"Held-out sets differ: {batches} micro-batches for dense and {variant} (seed {dense.seed[1]})."
+            if names := _differing(dense, sparse):
+                yield f"Settings differ beside the feed-forward: {', '.join(names)} ({variant}, seed {dense.seed[1]})."
+
+
+def _stale(run: Run) -> Iterable[str]:
+    """What was made from another checkpoint than the newest; a step that an older version left out says nothing."""
+    one = run.evaluated
+    at, newest = (one.eval or {}).get("step"), one.meta.get("step")
+    if None not in (at, newest) and at != newest:
+        yield (
+            f"{one.name} (seed {run.seed[1]}) was evaluated at step {at}, its newest checkpoint is step {newest}: "
+            "run moma evaluate again."
+        )
+    if run.routers:
+        at, newest = run.routers.meta.get("init_step"), run.meta.get("step")
+        if None not in (at, newest) and at != newest:
+            yield (
+                f"{run.routers.name} (seed {run.seed[1]}): routers start from step {at} of the base, whose newest "
+                f"checkpoint is step {newest}: train them again in a new folder."
+            )
+
+
+def _differing(dense: Run, sparse: Run) -> list[str]:
+    """Settings that both runs recorded and that are not the same; the duration shows in the FLOPs."""
+    a, b = dense.config, sparse.config
+    if "plan" in a and "plan" in b:  # what the micro-batches hold, wherever the corpus lies
+        a, b = ({**c, "data": {**c.get("data", {}), "corpus": c["plan"]}} for c in (a, b))
+    return [name for name in _SETTINGS if name in a and name in b and a[name] != b[name]]
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -647,10 +689,6 @@ def _first_of_each(runs: Sequence[Run]) -> list[Run]:
 def _with_routers(runs: Sequence[Run]) -> list[Run]:
     """Every run, followed by the one that trained its auxiliary routers."""
     return [one for run in runs for one in (run, run.routers) if one is not None]
-
-
-def _names(run: Run) -> set[str]:
-    return {run.name} | ({run.routers.name} if run.routers else set())
 
 
 def _eta_text(s: Speedup) -> str:

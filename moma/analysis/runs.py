@@ -64,6 +64,11 @@ class Run:
         seed = self.config.get("seed", {})
         return seed.get("data", 0), seed.get("init", 0)
 
+    @property
+    def evaluated(self) -> "Run":
+        """The run whose folder `eval` was read from: the routers' one where that was evaluated."""
+        return self.routers if self.routers and self.routers.eval else self
+
     def column(self, name: str) -> np.ndarray:
         """A metric over all lines, NaN throughout if it was never logged."""
         return self.metrics.get(name, np.full(len(self.metrics["step"]), math.nan))

@@ -136,7 +136,7 @@ class Plan:
         if q and not self.image_sources:
             raise ValueError(f"got images={q} per micro-batch, need a source with images: the mixture has none; "
                              "add one or set images=0")  # fmt: skip
-        if not q and self.image_sources and self.passes is None:
+        if not q and self.image_sources:
             raise ValueError(f"got images=0, but {self.image_sources} hold images: set images to at least 1 or "
                              "leave them out of the mixture")  # fmt: skip
         if not self.text_sources and self.passes is None:
@@ -153,13 +153,14 @@ class Plan:
         if self.passes is None and q * mean > rows * length:
             raise ValueError(
                 f"got images={q} per micro-batch, need at most {int(rows * length / mean)}: an image brings "
-                f"{mean:.0f} tokens with it on average and the micro-batch has {rows * length}; lower data.images"
+                f"{mean:.0f} tokens of its documents on average and the micro-batch has {rows * length}; "
+                "lower data.images"
             )
 
     def _tokens_per_image(self, name: str) -> float:
-        """Mean tokens of atomic pieces per image, over the first documents of the first pass."""
-        pieces = [p for d in self._order(name, 0)[:2000] for p in self._pieces(name, int(d)) if p[4]]
-        return sum(p[3] - p[2] for p in pieces) / sum(p[4] for p in pieces)
+        """Tokens of a source's documents, text around the pictures included, per image."""
+        source = self.sources[name]
+        return float(source.document_tokens.sum() / source.document_images.sum())
 
     def _smallest(self, name: str) -> int:
         source = self.sources[name]
@@ -192,7 +193,7 @@ class Plan:
 
     def _first_state(self) -> dict[str, Any]:
         zero = {name: 0 for name in self.sources}
-        counters = {"pass": dict(zero), "position": dict(zero), "served": dict(zero)}
+        counters = {name: dict(zero) for name in ("pass", "position", "served", "tokens")}
         return {"number": 0, **counters, "waiting": [], "filler": []}
 
     def _next(self, state: dict[str, Any]) -> MicroBatch | None:
@@ -200,22 +201,43 @@ class Plan:
         rows: list[list[Piece]] = [[] for _ in range(self.shape.rows)]
         free = [self.shape.row_length] * self.shape.rows
         images = self._place_images(state, rows, free)
+        if self.passes is not None and not any(rows) and state["waiting"]:
+            images = self._place_images(state, rows, free, reserve=False)  # the stream ends: nothing stays behind
         self._fill(state, rows, free)
         if not any(rows):
             return None
+        for piece in (piece for row in rows for piece in row):
+            state["tokens"][piece.source] += piece.tokens
         state["number"] += 1
         exact = images == self.shape.images and not any(free)
         return MicroBatch(state["number"] - 1, tuple(tuple(row) for row in rows), exact)
 
-    def _place_images(self, state: dict[str, Any], rows: list[list[Piece]], free: list[int]) -> int:
-        """Put atomic pieces with exactly Q images into the rows, those that wait first; returns their images."""
+    def _place_images(
+        self, state: dict[str, Any], rows: list[list[Piece]], free: list[int], reserve: bool = True
+    ) -> int:
+        """Put atomic pieces with exactly Q images into the rows, those that wait first; returns their images.
+
+        `reserve`: leave room for the images still needed; without it a micro-batch may hold fewer than Q.
+        """
         need, waiting, held = self.shape.images, state["waiting"], []
         while need:
             piece = waiting.pop(0) if waiting else self._draw_atomic(state)
             if piece is None:
                 break
             row = max(range(len(free)), key=lambda r: (free[r], -r))  # the emptiest: leaves text long runs
-            if piece[4] <= need and self._leaves_room(free, row, piece[3] - piece[2], need - piece[4]):
+            tokens, further = piece[3] - piece[2], need - piece[4]
+            if (
+                not any(rows)
+                and further >= 0
+                and self.passes is None
+                and not self._leaves_room(free, row, tokens, further)
+            ):
+                raise ValueError(
+                    f"got an image piece of {tokens} tokens (source {piece[0]}, document {piece[1]}), need one that "
+                    f"leaves room for {further} further images: lengthen the rows or lower data.images"
+                )
+            fits = self._leaves_room(free, row, tokens, further) if reserve else tokens <= free[row]
+            if further >= 0 and fits:
                 rows[row].append(Piece(*piece))
                 free[row] -= piece[3] - piece[2]
                 need -= piece[4]

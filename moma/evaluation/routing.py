@@ -23,7 +23,7 @@ from moma.model.transformer import Transformer
 def routing(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode) -> list[dict[str, float]]:
     """One dict per routed layer: accuracy, majority, auc, precision, recall, experts_true, experts_predicted.
 
-    `mode="train"`: training states; `mode="aux"`: free-running. Empty where the model has no routers.
+    `mode="train"`: training states; `mode="aux"`: free-running. Empty where the model has no auxiliary routers.
     """
     layers: list[list[RouterStats]] = []
     for batch in batches:
@@ -32,18 +32,13 @@ def routing(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mod
         layers = layers or [[] for _ in stats]
         for collected, s in zip(layers, stats, strict=True):
             collected.append(s)
-    return [_agreement(stats) for stats in layers]
+    return [_agreement(stats) for stats in layers if stats[0].aux_logit_TE is not None]
 
 
 def _agreement(stats: list[RouterStats]) -> dict[str, float]:
     member = torch.cat([s.member_TE.flatten() for s in stats])
     true = torch.cat([s.reference_TE.flatten() for s in stats])[member]
-    logits = [s.aux_logit_TE for s in stats]
-    if any(logit is None for logit in logits):
-        raise ValueError(
-            "got a model without auxiliary routers, need them for the routing evaluator: train objective=aux_routers"
-        )
-    logit = torch.cat([x.flatten() for x in logits if x is not None])[member]
+    logit = torch.cat([s.aux_logit_TE.flatten() for s in stats if s.aux_logit_TE is not None])[member]
     predicted = logit > 0
     n_tokens = sum(int(s.member_TE.any(1).sum()) for s in stats)
     hits, share = (predicted & true).sum().item(), true.double().mean().item()

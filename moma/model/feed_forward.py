@@ -31,7 +31,6 @@ from moma.model.routing.expert_choice import ExpertChoiceConfig
 from moma.schema import kind_field
 
 Mode = Literal["train", "aux"]
-MODES: tuple[Mode, ...] = ("train", "aux")
 CAUSAL_MODES = ("aux",)
 
 

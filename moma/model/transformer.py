@@ -36,6 +36,11 @@ class ModelConfig:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
+        sizes = (self.dim, self.n_layers, self.n_heads, self.kv_heads, self.ffn_dim)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"got dim, n_layers, n_heads, n_kv_heads, hidden_dim = {sizes}, need at least 1 of each: raise them"
+            )
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(
                 f"got dim={self.dim} and n_heads={self.n_heads}, need an even dim / n_heads: change one of the two"
@@ -52,7 +57,7 @@ class ModelConfig:
     @property
     def ffn_dim(self) -> int:
         """SwiGLU width: 8 d / 3 rounded up to a multiple of 32 (a declared difference from Table 1)."""
-        return self.hidden_dim or -(-8 * self.dim // 3 // 32) * 32
+        return -(-8 * self.dim // 3 // 32) * 32 if self.hidden_dim is None else self.hidden_dim
 
 
 class Transformer(nn.Module):

@@ -69,6 +69,9 @@ def write_run(
             },
             "tokenizer": "small",
             "precision": "bf16",
+            "optim": {"kind": "adamw", "lr": 1e-3},
+            "vocab_hash": "0123456789abcdef",
+            "plan": f"plan of seed {seed}",
             "init_from": str(init_from) if init_from else None,
         },
         "git": {"commit": "0123456789abcdef", "clean": True},
@@ -81,9 +84,14 @@ def write_run(
             "seconds": {"train": 700.0, "eval": 20.0, "data_wait": 1.0, "compile": 0.0, "checkpoint": 2.0},
         },
         "total_steps": int(step[-1]),
+        "init_step": newest_step(init_from) if init_from else None,
     }
     (checkpoint / "meta.json").write_text(json.dumps(meta))
     return folder
+
+
+def newest_step(run: Path) -> int:
+    return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
 
 
 def losses(text: float, image: float) -> dict[str, float]:
@@ -98,7 +106,7 @@ def write_eval(folder: Path, run: Path, experts: dict[str, int] | None, layers: 
     rng = np.random.default_rng(seed)
     text, image = (3.5, 4.22) if experts is None else (3.3, 3.95)
     result: dict[str, Any] = {
-        "run": str(run), "model": "tiny", "feed_forward": "moe_4t4i" if experts else "dense", "step": 600,
+        "run": str(run), "model": "tiny", "feed_forward": "moe_4t4i" if experts else "dense", "step": newest_step(run),
         "tokens": 1228800, "flops": 3.69e13, "corpus": "corpora/emoji", "split": "val", "micro_batches": 24,
         "precision": "bf16", "params_total": 2.2e7 if experts else 7.4e6, "params_active": 7.4e6,
         "flops_per_token_forward": 1.0e7, "flops_per_token_train": 3.0e7,

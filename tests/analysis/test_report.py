@@ -133,6 +133,92 @@ def test_unequal_conditions_are_said(study: dict, undrawn: None, tmp_path: Path)
     assert "Held-out sets differ: [24, 3] micro-batches" in text
 
 
+WARNINGS = ("was evaluated at step", "routers start from step", "Settings differ")
+
+
+def test_equal_conditions_are_not_warned_of(page: Path) -> None:
+    assert "class=warn" not in page.read_text()
+
+
+def test_a_stale_evaluation_is_said(study: dict, undrawn: None, tmp_path: Path) -> None:
+    runs = collect(study["runs"])
+    runs[0].eval["step"] = 150  # type: ignore[index]
+    runs[1].evaluated.eval["step"] = 60  # type: ignore[index]
+    text = check(report.write_report(runs, [], tmp_path).read_text()).text
+    assert (
+        "tiny-dense-s0 (seed 0) was evaluated at step 150, its newest checkpoint is step 300: run moma evaluate again."
+    ) in text
+    assert "tiny-moe_4t4i-aux_routers-s0 (seed 0) was evaluated at step 60, its newest checkpoint is step 120:" in text
+    assert WARNINGS[1] not in text and WARNINGS[2] not in text
+    alone = check(report.write_report(runs[:1], [], tmp_path).read_text()).text
+    assert "No verdict" in alone and "was evaluated at step 150" in alone
+
+
+def test_routers_of_another_step_are_said(study: dict, undrawn: None, tmp_path: Path) -> None:
+    runs = collect(study["runs"])
+    runs[1].meta["step"] = 400  # the base went on
+    text = check(report.write_report(runs, [], tmp_path).read_text()).text
+    assert (
+        "tiny-moe_4t4i-aux_routers-s0 (seed 0): routers start from step 300 of the base, whose newest checkpoint is "
+        "step 400: train them again in a new folder."
+    ) in text
+    assert WARNINGS[0] not in text and WARNINGS[2] not in text
+
+
+def test_settings_that_differ_are_named(study: dict, undrawn: None, tmp_path: Path) -> None:
+    runs = collect(study["runs"])
+    config = runs[1].config
+    config["data"]["corpus"] = "/elsewhere/corpora/emoji"  # the same plan: the same micro-batches
+    assert not any("Settings differ" in note for note in report._unfair(runs))
+    config["model"]["dim"] = 512
+    config["data"]["accumulation"] = 2
+    text = check(report.write_report(runs, [], tmp_path).read_text()).text
+    assert "Settings differ beside the feed-forward: model, data (moe_4t4i, seed 0)." in text
+    config["optim"]["lr"], config["precision"], config["vocab_hash"] = 1e-4, "fp32", "other"
+    notes = [note for note in report._unfair(runs) if "Settings" in note]
+    assert notes == [
+        "Settings differ beside the feed-forward: model, data, optim, precision, vocab_hash (moe_4t4i, seed 0)."
+    ]
+
+
+def test_another_plan_is_other_data(study: dict) -> None:
+    runs = collect(study["runs"])
+    runs[1].config["plan"] = "another"
+    assert list(report._unfair(runs)) == ["Settings differ beside the feed-forward: data (moe_4t4i, seed 0)."]
+
+
+def test_runs_of_older_versions_are_not_warned_of(study: dict) -> None:
+    runs = collect(study["runs"])
+    for name in ("optim", "vocab_hash", "plan"):
+        del runs[1].config[name]
+    for eval in (runs[0].eval, runs[1].eval):
+        del eval["step"]  # type: ignore[union-attr, attr-defined]
+    del runs[1].routers.meta["init_step"]  # type: ignore[union-attr]
+    assert list(report._unfair(runs)) == []
+
+
+def test_generations_are_labelled_by_the_path_of_their_run(
+    study: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, run in (("dense/s0", study["runs"][0]), ("moe/s0", study["runs"][1])):
+        shutil.copytree(run, tmp_path / folder)
+    runs = collect([tmp_path / "dense/s0", tmp_path / "moe/s0"])
+
+    def label(run: object, among: list = runs) -> str:
+        (tmp_path / "made").mkdir(exist_ok=True)
+        record = {"run": str(run), "mode": "causal", "generations": []}
+        (tmp_path / "made/generations.json").write_text(json.dumps(record))
+        return report.read_generations(tmp_path / "made", among).label
+
+    monkeypatch.chdir(tmp_path)
+    assert label("moe/s0") == label(tmp_path / "moe/../moe/s0") == "moe_4t4i"
+    assert label("dense/s0") == "dense"
+    assert label("gone/s0") == "made"  # either of two
+    assert label("gone/s0", runs[1:]) == "moe_4t4i"
+    assert label("gone/tiny-moe_4t4i-aux_routers-s0", collect(study["runs"])) == "moe_4t4i"
+    assert label(study["runs"][2], collect(study["runs"])) == "moe_4t4i"
+
+
 def test_bad_generations_are_refused(study: dict, undrawn: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got no .*generations.json, need a folder that `moma generate` wrote"):
         report.read_generations(tmp_path, [])

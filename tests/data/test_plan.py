@@ -176,9 +176,44 @@ def test_segments_that_cannot_stand_in_a_row_are_refused():
         collect(Plan(sources, SHAPE, seed=0), 10)
     with pytest.raises(ValueError, match=r"got rows=0"):
         PlanShape(0, 64, 1)
-    with pytest.raises(ValueError, match=r"got images=9 .* an image brings \d+ tokens with it on average"):
+    with pytest.raises(ValueError, match=r"got images=9 .* an image brings \d+ tokens of its documents on average"):
         wordy = {"mixed": Index([[(8, 1)], [(60, 1)], [(50, 1)]]), "text": Index([[(50, 0)]])}
         Plan(wordy, PlanShape(4, 64, 9), seed=0)
     even = {"mixed": Index([[(10, 2)], [(12, 2)]]), "text": Index([[(50, 0)]])}
     with pytest.raises(ValueError, match=r"need a number the documents add up to"):
         collect(Plan(even, SHAPE, seed=0), 10)
+
+
+def test_a_finite_stream_leaves_no_large_piece_behind():
+    """Pieces that leave no room for Q images in any micro-batch come at the end, with fewer images."""
+    sources = {"mixed": Index([[(62, 1)] for _ in range(7)] + [[(8, 1)] for _ in range(9)]), "text": Index([[(50, 0)]])}
+    seen = Counter()
+    for batch, _ in Plan(sources, PlanShape(1, 64, 3), seed=0, passes=1).run():
+        seen.update((p.source, p.doc) for row in batch.rows for p in row for _ in range(p.tokens))
+    assert sum(seen.values()) == 7 * 62 + 9 * 8 + 50 and len(seen) == 17
+
+
+def test_a_piece_that_fits_no_micro_batch_is_refused_at_once():
+    sources = {"mixed": Index([[(62, 1)]] + [[(8, 1)] for _ in range(99)]), "text": Index([[(50, 0)]])}
+    with pytest.raises(ValueError, match=r"got an image piece of 62 tokens .* leaves room for 2 further images"):
+        collect(Plan(sources, PlanShape(1, 64, 3), seed=0), 200)
+
+
+def test_text_around_pictures_counts_when_q_is_checked():
+    """One image per 320 tokens cannot give 3 images in 128 tokens, however small its own segment is."""
+    wordy = {"mixed": Index([[(310, 0), (10, 1)] for _ in range(20)]), "text": Index([[(50, 0)]])}
+    with pytest.raises(ValueError, match=r"got images=3 per micro-batch, need at most 0: an image brings 320 tokens"):
+        Plan(wordy, PlanShape(2, 64, 3), seed=0)
+
+
+def test_state_counts_the_tokens_of_every_source():
+    counted = Counter()
+    states = []
+    for batch, state in Plan(corpus(), SHAPE, seed=0).run():
+        states.append(state["tokens"])
+        for row in batch.rows:
+            for piece in row:
+                counted[piece.source] += piece.tokens
+        if batch.number == 50:
+            break
+    assert states[-1] == counted and sum(counted.values()) == 51 * 4 * 64

@@ -7,13 +7,15 @@
 caption `cap` and description `alt`, which stay with the picture. `key` (default: the id) decides train or
 val. The JSON Lines file may be compressed (.gz, .xz). A tar file is read in place by offset, never unpacked.
 
-Refuses picture names that lead out of the folder.
+Refuses picture names that lead out of the folder, a line that is no such object, and a file that cannot be read
+to its end (a tar file must not be compressed).
 """
 
 import gzip
 import json
 import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,24 +55,21 @@ def documents(config: InterleavedConfig) -> Iterator[RawDocument]:
     """One document a line, in the file's order; ValueError names a line that cannot be read."""
     find = _finder(Path(config.pictures))
     path = Path(config.documents)
-    with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                segments = tuple(_segment(entry, find, config) for entry in record["segs"])
-                yield RawDocument(
-                    id=str(record["id"]),
-                    key=str(record.get("key", record["id"])),
-                    segments=segments,
-                    split=None if config.split == "auto" else config.split,
-                )
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-                raise ValueError(
-                    f"got line {number} of {path} unreadable ({error!r}), need an object with 'id' and "
-                    "'segs', each of them {'t': text} or {'i': file}: correct the line"
-                ) from error
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            segments = tuple(_segment(entry, find, config) for entry in record["segs"])
+            name = str(record["id"])
+            key = str(record.get("key", name))
+            (name + key).encode()  # half a surrogate pair could not be hashed or written to the manifest
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"got line {number} of {path} unreadable ({error!r}), need an object with 'id' and "
+                "'segs', each of them {'t': text} or {'i': file}: correct the line"
+            ) from error
+        yield RawDocument(name, key, segments, split=None if config.split == "auto" else config.split)
 
 
 def attribution(config: InterleavedConfig) -> list[dict[str, str]]:
@@ -95,18 +94,43 @@ def read_slice(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"got {path} that cannot be read ({error}), need JSON Lines in UTF-8, plain or whole .gz or .xz: "
+            "copy or compress it again"
+        ) from error
+
+
 def _segment(entry: dict[str, Any], find: Callable[[str], Picture], config: InterleavedConfig) -> tuple[Part, ...]:
     if "t" in entry:
-        return (Text(entry["t"]),)
-    captions = [entry[field] for field in _CAPTIONS[config.captions] if entry.get(field)]
-    return (find(entry["i"]), *([Text("\n".join(captions))] if captions else []))
+        return (Text(_string(entry, "t")),)
+    # Checked whether or not they are asked for: a line is sound or broken under any config.
+    texts = {field: _string(entry, field) for field in ("cap", "alt") if entry.get(field) is not None}
+    captions = [texts[field] for field in _CAPTIONS[config.captions] if texts.get(field)]
+    return (find(_string(entry, "i")), *([Text("\n".join(captions))] if captions else []))
+
+
+def _string(entry: dict[str, Any], field: str) -> str:
+    if not isinstance(entry[field], str):
+        raise TypeError(f"{field!r} is no string but {entry[field]!r:.40}")
+    return entry[field]
 
 
 def _finder(pictures: Path) -> Callable[[str], Picture]:
     if pictures.is_dir():
         return partial(_in_folder, pictures.resolve())
-    with tarfile.open(pictures, "r:") as archive:
-        index = {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+    try:
+        with tarfile.open(pictures, "r:") as archive:
+            index = {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise ValueError(
+            f"got {pictures} that cannot be read as a tar file ({error}), need a whole, uncompressed one or a "
+            "folder: decompress it or copy it again"
+        ) from error
     return partial(_in_tar, pictures, index)
 
 
