@@ -186,10 +186,12 @@ def read_tensors(path: Path, group: str) -> dict[str, Tensor]:
 def alone(folder: Path) -> Iterator[None]:
     """Make `folder` if need be and hold its lock (`.lock` in it), so that one process at a time writes there.
 
-    A killed process lets go of it by itself. On the way out the lock file goes, and the folder too if nothing
-    else is in it. With several ranks, rank 0 alone enters. Raises ValueError when another process holds it.
+    A killed process lets go of it by itself. On the way out the lock file goes, and a folder that this made
+    too if nothing else is in it. With several ranks, rank 0 alone enters. Raises ValueError when another
+    process holds it; warns where the file system has no locks.
     """
     path = folder / LOCK
+    made = not folder.exists()
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -203,9 +205,8 @@ def alone(folder: Path) -> Iterator[None]:
             raise ValueError(
                 f"got a second process in {folder}, need one at a time: wait for it or choose another folder"
             ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
+        except OSError as error:
+            warnings.warn(f"{folder} is not locked ({error}): start one process at a time in it", stacklevel=3)
         if _is_at(descriptor, path):
             break
         os.close(descriptor)  # the one before removed this file after we opened it: its lock protects nothing
@@ -214,11 +215,10 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         # Removed while it is held, and only if it is ours still: nobody can lose a lock to this.
         if _is_at(descriptor, path):
-            path.unlink()
+            path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty
-                folder.rmdir()
-        # Released for forked workers too, which share it and may outlive this.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+                if made:
+                    folder.rmdir()
         os.close(descriptor)
 
 

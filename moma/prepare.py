@@ -209,13 +209,15 @@ def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> b
     """Open the corpus's folder; whether the corpus is finished already."""
     recorded = corpus / PROGRESS / "provenance.json"
     if overwrite and corpus.exists():
-        others = any(path.name != LOCK for path in corpus.iterdir())
+        others = any(path.name not in (LOCK, PROGRESS) for path in corpus.iterdir())
         if not recorded.is_file() and not (corpus / MANIFEST).is_file() and others:
             raise ValueError(
                 f"got folder {corpus} with files that are no corpus, need a corpus or an empty folder: "
                 "choose another name"
             )
-        _clear(corpus)
+        _clear(corpus, recorded)
+        write_json(recorded, provenance)
+        return False
     if (corpus / MANIFEST).is_file():
         found, finished = read_manifest(corpus)["provenance"], True
     elif recorded.is_file():
@@ -235,22 +237,21 @@ def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> b
     return finished
 
 
-def _clear(corpus: Path) -> None:
-    """Remove all of a corpus but its lock: manifest first, then shards, last what says that it is a corpus.
+def _clear(corpus: Path, recorded: Path) -> None:
+    """Remove all of a corpus but its lock and `recorded`, the manifest before any shard.
 
     A kill in the middle leaves no manifest without its shards, and a folder that only overwrite=true takes.
     """
-    progress = corpus / PROGRESS
-    progress.mkdir(exist_ok=True)
-    write_json(progress / "provenance.json", [])  # of no config: refused by all but the next overwrite
+    recorded.parent.mkdir(exist_ok=True)
+    write_json(recorded, [])  # of no config: refused by all but the next overwrite
     (corpus / MANIFEST).unlink(missing_ok=True)
-    for path in corpus.iterdir():
+    for path in [*recorded.parent.iterdir(), *corpus.iterdir()]:
+        if path in (recorded, recorded.parent, corpus / LOCK):
+            continue
         if path.is_dir() and not path.is_symlink():
-            if path != progress:
-                shutil.rmtree(path)
-        elif path.name != LOCK:
+            shutil.rmtree(path)
+        else:
             path.unlink()
-    shutil.rmtree(progress)
 
 
 def _first_difference(found: list[dict[str, Any]], need: list[dict[str, Any]]) -> str:

@@ -1,13 +1,20 @@
 """A checkpoint is complete or absent and loads strictly; a resumed run equals the whole one bit by bit."""
 
+import errno
 import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from moma.checkpoint import latest, load, model_state, optimizer_state, read_meta, read_tensors, save
+from moma.checkpoint import alone, latest, load, model_state, optimizer_state, read_meta, read_tensors, save
 from moma.optim import OptimConfig, build_optimizer
 
 
@@ -155,3 +162,114 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (folder / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="got a damaged .*meta.json .*: remove .*, resume from before"):
         load(folder, state)
+
+
+class Call:
+    """Unpickling this calls `function` with `arguments`."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+def replace_metadata(folder: Path, content: Any) -> None:
+    """Put another pickle in, and its size into meta.json, as whoever means harm would."""
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"][".metadata"] = (folder / ".metadata").stat().st_size
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_metadata_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(2)}}
+    folder = save(tmp_path, 0, state, {}, keep_last=1)
+    mark = tmp_path / "mark"
+    for call in (Call(os.system, f"touch {mark}"), Call(eval, f"open({str(mark)!r}, 'w')"), Call(Path.touch, mark)):
+        replace_metadata(folder, {"x": call})
+        for read in (lambda: load(folder, state), lambda: read_tensors(folder, "model")):
+            with pytest.raises(ValueError, match=r"^got .*\.metadata that names \S+, need only what .*do not load it$"):
+                read()
+    # DCP's own fallback for a missing .metadata is one that each rank wrote.
+    (folder / ".metadata").rename(folder / "__0.metadata")
+    with pytest.raises(ValueError):
+        load(folder, state)
+    assert not mark.exists()
+
+
+def test_metadata_of_another_kind_is_damage(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(2)}}
+    folder = save(tmp_path, 0, state, {}, keep_last=1)
+    replace_metadata(folder, ["allowed, but no metadata"])
+    with pytest.raises(ValueError, match=r"got a damaged .* \(TypeError\): remove it, resume from before"):
+        load(folder, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.uint8, torch.bool, torch.complex64])
+def test_every_dtype_is_read_again(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"w": torch.ones(3, 2).to(dtype), "scalar": torch.ones(()).to(dtype)}
+    again = read_tensors(save(tmp_path, 0, {"model": tensors}, {}, keep_last=1), "model")
+    assert all(again[name].dtype == dtype and torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from moma.checkpoint import alone
+with alone(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+BUSY = "got a second process in .*run, need one at a time: wait for it or choose another folder"
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    command = [sys.executable, "-c", SECOND, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match=BUSY), alone(run):
+            pass
+        assert run.exists()
+        other.kill()  # leaves the file, not the lock
+        other.wait()
+    assert (run / ".lock").exists()
+    with alone(run):
+        with pytest.raises(ValueError, match=BUSY), alone(run):
+            pass
+        (run / "result").write_text("kept")
+    assert [path.name for path in run.iterdir()] == ["result"]
+
+
+def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), alone(tmp_path / "new"):
+        raise KeyError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with alone(tmp_path / "mine"):
+        pass
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_lock_whose_file_was_removed_spares_the_lock_of_the_next(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = alone(run), alone(run)
+    first.__enter__()
+    (run / ".lock").unlink()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ValueError, match=BUSY), alone(run):
+        pass
+    second.__exit__(None, None, None)
+    assert list(run.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("moma.checkpoint.fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="is not locked .*not implemented.*: start one process at a time in it"):
+        with alone(tmp_path / "run"):
+            assert (tmp_path / "run").exists()

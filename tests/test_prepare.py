@@ -1,5 +1,6 @@
 """`moma prepare`: the same shards however it runs, continues after a stop, and its errors."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,8 +16,9 @@ from PIL import Image
 
 import moma.data.sources
 import moma.prepare
+from moma.checkpoint import alone
 from moma.config import compose
-from moma.data.shards import open_corpus, open_source, verify_corpus
+from moma.data.shards import open_corpus, open_source, read_manifest
 from moma.data.sources import RawDocument, Source
 from moma.prepare import PrepareConfig, load_encoders, prepare
 from moma.tokenizer.documents import Picture, Text, decode_document
@@ -115,6 +117,20 @@ def _files(corpus: Path) -> dict[str, bytes]:
     return {str(path.relative_to(corpus)): path.read_bytes() for path in sorted(corpus.rglob("*")) if path.is_file()}
 
 
+def _verified(corpus: Path) -> int:
+    """How many shards the manifest lists, once each file is known to have the hash that it says."""
+    count = 0
+    for split, sources in read_manifest(corpus)["splits"].items():
+        for source, entry in sources.items():
+            for shard in entry["shards"]:
+                tokens = corpus / split / source / shard["file"]
+                index = tokens.with_name(tokens.name.replace("tokens.bin", "index.npz"))
+                assert hashlib.sha256(tokens.read_bytes()).hexdigest() == shard["sha256"]
+                assert hashlib.sha256(index.read_bytes()).hexdigest() == shard["index_sha256"]
+                count += 1
+    return count
+
+
 def _no_pictures(asset: Path) -> None:
     for name in IMAGE_FILES:
         (asset / name).unlink()
@@ -129,7 +145,7 @@ def test_prepare(asset: Path) -> None:
     assert val["documents"] >= 1 and len(train["shards"]) > 2 and train["kind"] == "pair"
     assert manifest["skipped"] == {} and manifest["token_dtype"] == "uint16"
     assert "Made up, by us" in (corpus / "ATTRIBUTION").read_text()
-    assert not (corpus / ".progress").exists() and verify_corpus(corpus) == len(train["shards"]) + len(val["shards"])
+    assert not (corpus / ".progress").exists() and _verified(corpus) == len(train["shards"]) + len(val["shards"])
     vocab = load_vocabulary(asset)
     text = TextTokenizer.load(asset, vocab)
     seen = []
@@ -180,7 +196,7 @@ def test_continues_after_a_stop(asset: Path) -> None:
     assert StubTokenizer.encoded - encoded == 40 and before > 0  # each picture once, over both runs
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert manifest | {"name": ""} == whole | {"name": ""}
-    assert verify_corpus(corpus) and not list(corpus.rglob("*.tmp"))
+    assert _verified(corpus) and not list(corpus.rglob("*.tmp"))
 
 
 def test_finished_corpus_is_reopened(asset: Path) -> None:
@@ -211,6 +227,34 @@ def test_overwrite_spares_other_folders(asset: Path) -> None:
     with pytest.raises(ValueError, match="with files that are no corpus, need a corpus or an empty folder"):
         prepare(config)
     assert (folder / "thesis.tex").exists()
+
+
+def test_overwrite_makes_the_corpus_afresh(asset: Path) -> None:
+    prepare(_config(asset))
+    corpus = asset.parent / "corpora" / "c"
+    (corpus / "train" / "gone").mkdir()
+    config = _config(asset, source=MadeUpConfig(n=7), overwrite=True)
+    manifest = prepare(config)
+    assert sum(split["made"]["documents"] for split in manifest["splits"].values() if split) == 7
+    assert prepare(replace(config, name="fresh")) | {"name": "c"} == manifest
+    assert _files(corpus).keys() == _files(corpus.parent / "fresh").keys() and not (corpus / "train" / "gone").exists()
+
+
+def test_killed_overwrite_leaves_no_manifest_without_shards(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prepare(_config(asset))
+    corpus = asset.parent / "corpora" / "c"
+
+    def kill(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moma.prepare.shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(_config(asset, overwrite=True))
+    assert not (corpus / "manifest.json").exists() and list(corpus.rglob("*.bin"))
+    with pytest.raises(ValueError, match=r"another config.*\(sources \[\], now \['made'\]\).*overwrite=true"):
+        prepare(_config(asset))
+    assert prepare(_config(asset, overwrite=True)) == whole and _verified(corpus)
 
 
 def test_broken_picture_is_skipped_with_its_place(asset: Path) -> None:
@@ -253,10 +297,11 @@ def test_killed_worker(asset: Path) -> None:
 
 def test_two_at_once(asset: Path) -> None:
     config = _config(asset)
-    with moma.prepare._alone(Path(config.corpora) / "c"):
-        with pytest.raises(ValueError, match="that another process is preparing, need it for this one alone: wait"):
+    with alone(Path(config.corpora) / "c"):
+        with pytest.raises(ValueError, match="got a second process in .*c, need one at a time: wait for it"):
             prepare(config)
     assert prepare(config)["splits"]
+    assert [path.name for path in Path(config.corpora).rglob(".*")] == []
 
 
 def test_bad_configs(asset: Path) -> None:
@@ -264,6 +309,13 @@ def test_bad_configs(asset: Path) -> None:
     for changes, message in (
         ({"sources": {}}, "got no sources, need at least one: name them"),
         ({"sources": {"a/b": MadeUpConfig()}}, "got source name 'a/b', need a plain folder name"),
+        ({"sources": {"..": MadeUpConfig()}}, r"got source name '\.\.', need a plain folder name"),
+        ({"name": "../c"}, r"got corpus name '\.\./c', need a plain folder name .*: rename it"),
+        ({"name": "/tmp/c"}, "got corpus name '/tmp/c', need a plain folder name"),
+        ({"name": "a\\b"}, "got corpus name .*, need a plain folder name"),
+        ({"name": "."}, r"got corpus name '\.', need a plain folder name"),
+        ({"name": ".."}, r"got corpus name '\.\.', need a plain folder name"),
+        ({"name": ""}, "got corpus name '', need a plain folder name"),
         ({"val_fraction": 1.0}, "got val_fraction=1.0, need 0 to below 1"),
         ({"workers": -1}, "got shard_tokens=100 and workers=-1, need at least 1 and 0"),
         ({"tokenizer": "smal"}, "did you mean 'small'"),
@@ -298,4 +350,4 @@ def test_record_of_a_lost_shard_is_not_trusted(asset: Path) -> None:
     (progress.parent / "train" / "made" / stored["shard"]["file"]).unlink()
     STOP_AT[0] = -1
     prepare(config)
-    assert verify_corpus(progress.parent)
+    assert _verified(progress.parent)

@@ -1,9 +1,11 @@
 """Sources: what they list, that nothing held out is trained on, and their errors."""
 
+import gzip
 import io
 import json
+import lzma
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -200,10 +202,62 @@ def test_interleaved_missing_picture_is_found_when_opened(tmp_path: Path) -> Non
             document.segments[0][0].content()
 
 
-@pytest.mark.parametrize("record", [{"id": "d"}, {"segs": []}, {"id": "d", "segs": [{"x": 1}]}, 7])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": "d"},
+        {"segs": []},
+        {"id": "d", "segs": [{"x": 1}]},
+        {"id": "d", "segs": [{"t": 7}]},
+        {"id": "d", "segs": [{"t": None}]},
+        {"id": "d", "segs": [{"i": 7}]},
+        {"id": "d", "segs": [{"i": "a.png", "cap": ["red"]}]},
+        {"id": "d", "segs": [{"i": "a.png", "cap": 0}]},
+        {"id": "d", "segs": [{"i": "a.png", "alt": {"en": "red"}}]},
+        {"id": "\ud800", "segs": []},
+        7,
+    ],
+)
 def test_interleaved_bad_line(tmp_path: Path, record: object) -> None:
     with pytest.raises(ValueError, match=r"got line 2 of .* need an object with 'id' and 'segs'"):
         list(_read(_mine(tmp_path, RECORD, record)))
+
+
+def test_interleaved_null_caption_is_none(tmp_path: Path) -> None:
+    (document,) = _read(_mine(tmp_path, {"id": "d", "segs": [{"i": "a.png", "cap": None, "alt": ""}]}))
+    assert len(document.segments[0]) == 1
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+def test_interleaved_compressed_documents(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    _mine(tmp_path, *({**RECORD, "id": f"{i * i}"} for i in range(500)))
+    path = tmp_path / f"d.{'gz' if compress is gzip.compress else 'xz'}"
+    whole = compress((tmp_path / "documents.jsonl").read_bytes())
+    path.write_bytes(whole)
+    assert len(list(_read(tmp_path, documents=str(path)))) == 500
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 20]) + whole[middle + 20 :]
+    for damaged in (whole[:middle], changed, b"plain text"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"got .*d\.[gx]z that cannot be read .*, need JSON Lines in UTF-8"):
+            list(_read(tmp_path, documents=str(path)))
+
+
+def test_interleaved_documents_in_another_encoding(tmp_path: Path) -> None:
+    (_mine(tmp_path) / "documents.jsonl").write_bytes('{"id": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"got .*documents\.jsonl that cannot be read .*, need JSON Lines in UTF-8"):
+        list(_read(tmp_path))
+
+
+def test_interleaved_unreadable_tar(tmp_path: Path) -> None:
+    path = tmp_path / "p.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(_mine(tmp_path, RECORD) / "pictures" / "a.png", "a.png")
+    whole = path.read_bytes()
+    for damaged in (gzip.compress(whole), lzma.compress(whole), whole[:520], b"", b"no tar file" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"got .*p\.tar that cannot be read as a tar file .*, need a whole, unc"):
+            list(_read(tmp_path, pictures=str(path)))
 
 
 def test_interleaved_picture_outside(tmp_path: Path) -> None:
