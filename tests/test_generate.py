@@ -43,7 +43,8 @@ def test_names_are_drawn_and_pictures_named(runs, tmp_path, name):
     made = run(tmp_path, runs / name, "held_out=3", "prompts=[sun and moon, ../../etc/passwd]")
     drawn = [g for g in made["generations"] if g["kind"] == "picture"]
     named = [g for g in made["generations"] if g["kind"] == "caption"]
-    assert made["mode"] == "aux" and made["seed"] == 0 and made["step"] == 4 and made["precision"] == "fp32"
+    assert made["mode"] == ("causal" if name == "dense" else "aux")
+    assert made["seed"] == 0 and made["step"] == 4 and made["precision"] == "fp32"
     assert len(drawn) == (2 + 3) * 2 and len(named) == 3 * 2
     assert [g["sample"] for g in drawn] == [0, 1] * 5 and sum(g["held_out"] for g in drawn) == 6
     assert {g["prompt"] for g in named} <= set(WORDS) and all(isinstance(g["text"], str) for g in named)
