@@ -154,3 +154,22 @@ def test_capacity_factor_scales_the_experts(variants):
 
     one, half, many = (flops(c) for c in (1.0, 0.5, 100.0))
     assert half == one / 2 and many == 4 * one
+
+
+@pytest.mark.parametrize("size", ["90m", "435m", "1_4b"])
+@pytest.mark.parametrize("name", ["dense", "moe_8x", "moe_1t1i", "moe_4t4i"])
+def test_the_meta_device_executes_what_the_table_says(variants, size, name):
+    """The forward pass with its head on meta tensors, attention in full: exact equality per token."""
+    rows, length = 2, 512
+    model = meta_model(SIZES[size], variants[name])
+
+    def empty(*shape, dtype=torch.int64):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    tokens = rows * length
+    groups = TokenGroups((empty(tokens // 2),) * 2, (empty(tokens),) * 2)
+    position, mask = empty(rows, length), empty(rows, 1, length, length, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden, _ = model(empty(rows, length), position, mask, groups, "train")
+        model.head(hidden)
+    assert counter.get_total_flops() / tokens == totals(parts_of(model, length, HALF))["flops_per_token_forward"]
