@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -82,8 +83,14 @@ def test_accumulation_is_one_denominator(made, tmp_path):
 
 def test_a_signal_finishes_the_step_and_saves(made, tmp_path, capsys):
     long = "duration={tokens:1280000}"
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def interrupt_once_it_trains():
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_it_trains, daemon=True).start()
     assert main(command(made, tmp_path / "run", long)) == 0
     assert "run the same command to go on" in capsys.readouterr().out
     meta = checkpoint.read_meta(checkpoint.latest(tmp_path / "run" / "checkpoints"))
