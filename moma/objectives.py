@@ -1,5 +1,5 @@
-"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail) -> (loss, tallies)`; the loop never
-asks which it is.
+"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail, seed) -> (loss, tallies)`; the loop
+never asks which it is. `seed` is that of routing noise.
 
     next_token     cross-entropy + z_weight * lse^2          all parameters (Chameleon section 2.3)
     aux_routers    BCE of the causal predictors against the training rule's choice; everything else frozen
@@ -20,9 +20,10 @@ from moma.data.batch import Batch
 from moma.modality import IGNORE, Vocabulary, modality_of
 from moma.model.attention import document_mask
 from moma.model.aux_routers import binary_cross_entropy
-from moma.model.feed_forward import Mode
+from moma.model.feed_forward import Mode, SparseConfig, SparseFeedForward
 from moma.model.loss import TokenLosses, linear_cross_entropy
 from moma.model.routing import RouterStats
+from moma.model.routing.noise import gumbel_noise
 from moma.model.transformer import Transformer
 
 Tallies = dict[str, Tensor]
@@ -51,10 +52,15 @@ def run_model(
     denominator: float,
     mode: Mode = "train",
     z_weight: float = 0.0,
+    noise_seed: int | None = None,
 ) -> tuple[TokenLosses, list[RouterStats]]:
-    """One forward pass over a micro-batch with its loss head: per-token losses (T,) and every layer's decisions."""
+    """One forward pass over a micro-batch with its loss head: per-token losses (T,) and every layer's decisions.
+
+    `noise_seed`: seed of the routing noise of a model that is configured with it; None: no noise.
+    """
     mask = document_mask(batch.document_RL)
-    hidden_RLD, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, mode)
+    noise_NTE = None if noise_seed is None else routing_noise(model, batch, noise_seed)
+    hidden_RLD, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, mode, None, noise_NTE)
     losses = linear_cross_entropy(
         hidden_RLD.flatten(0, 1),
         model.head.weight,
@@ -63,6 +69,18 @@ def run_model(
         z_weight=z_weight,
     )
     return losses, stats
+
+
+def routing_noise(model: Transformer, batch: Batch, seed: int) -> Tensor | None:
+    """The noise of a micro-batch (layers, T, E), or None for a model without noise or without routers."""
+    config, layer = model.feed_forward, model.blocks[0].feed_forward
+    if not isinstance(config, SparseConfig) or config.noise == "none":
+        return None
+    assert isinstance(layer, SparseFeedForward)
+    if not layer.n_routed:
+        return None
+    tokens_RL = batch.tokens_RL
+    return gumbel_noise(seed, batch.number, len(model.blocks), tokens_RL.numel(), layer.n_routed, tokens_RL.device)
 
 
 def loss_tallies(losses: TokenLosses, target_T: Tensor, vocab: Vocabulary, z_weight: float = 0.0) -> Tallies:
@@ -101,9 +119,10 @@ def next_token(
     denominator: float,
     vocab: Vocabulary,
     detail: bool,
+    seed: int,
 ) -> tuple[Tensor, Tallies]:
     """Loss of one micro-batch, its sum divided by the step's `denominator`; `detail` adds routing statistics."""
-    losses, stats = run_model(model, batch, denominator, "train", config.z_weight)
+    losses, stats = run_model(model, batch, denominator, "train", config.z_weight, seed)
     tallies = loss_tallies(losses, batch.target_RL.flatten(), vocab, config.z_weight)
     return losses.objective, tallies | (router_tallies(stats, batch, vocab) if detail else {})
 
@@ -115,6 +134,7 @@ def aux_routers(
     denominator: float,
     vocab: Vocabulary,
     detail: bool,
+    seed: int,
 ) -> tuple[Tensor, Tallies]:
     """Mean BCE over the layers, weighted by the micro-batch's share of the step's targets."""
     mask = document_mask(batch.document_RL)

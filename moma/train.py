@@ -74,7 +74,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SeedConfig:
-    """`data` orders documents, `init` draws parameters: paired runs share them."""
+    """`data` orders documents, `init` draws parameters and routing noise: paired runs share them."""
 
     data: int = 0
     init: int = 0
@@ -328,7 +328,7 @@ class _Run:
                     for batch in batches:
                         with autocast(self.precision, self.device):
                             loss, tallies = objective(
-                                config.objective, self.model, batch, denominator, self.vocab, logs
+                                config.objective, self.model, batch, denominator, self.vocab, logs, config.seed.init
                             )
                         loss.backward()
                         _add(window, tallies)

@@ -79,7 +79,7 @@ def test_memory_estimate_is_within_ten_percent_of_the_measured_peak(made, feed_f
 
     def step():
         with autocast(precision, torch.device("cpu")):
-            loss, _ = next_token(NextTokenConfig(), model, batch, batch.n_targets, vocab, False)
+            loss, _ = next_token(NextTokenConfig(), model, batch, batch.n_targets, vocab, False, 0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -47,10 +47,19 @@ def lines(run_dir):
     return [{k: v for k, v in row.items() if k not in timing and not k.startswith("time/")} for row in rows]
 
 
-@pytest.mark.parametrize("feed_forward", ["dense", "moe_4t4i"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_bit_identical_to_an_uninterrupted_run(made, tmp_path, feed_forward, precision):
+@pytest.mark.parametrize(
+    ("feed_forward", "precision", "noise"),
+    [
+        ("dense", "fp32", None),
+        ("dense", "bf16", None),
+        ("moe_4t4i", "fp32", "none"),
+        ("moe_4t4i", "bf16", "none"),
+        ("moe_4t4i", "bf16", "gumbel"),
+    ],
+)
+def test_resume_is_bit_identical_to_an_uninterrupted_run(made, tmp_path, feed_forward, precision, noise):
     overrides = [f"feed_forward={feed_forward}", f"precision={precision}"]
+    overrides += [f"feed_forward.noise={noise}"] if noise else []
     overrides += ["checkpoint.interval.steps=3", "checkpoint.keep_last=0"]
     assert main(command(made, tmp_path / "whole", *overrides)) == 0
     assert main(command(made, tmp_path / "cut", *overrides)) == 0

@@ -59,13 +59,14 @@ class Block(nn.Module):
         groups: TokenGroups,
         mode: Mode,
         cache: Any = None,
+        noise_TE: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
         """One block; the feed-forward sees the R L = T tokens as one flat sequence."""
         shape = x_RLD.shape
         if self.norm_order == "swin":
             h_RLD = x_RLD + self.attention_norm(self.attention(x_RLD, position_RL, mask, cache))
-            y_TD, stats = self.feed_forward(h_RLD.flatten(0, 1), groups, mode)
+            y_TD, stats = self.feed_forward(h_RLD.flatten(0, 1), groups, mode, noise_TE)
             return h_RLD + self.feed_forward_norm(y_TD).view(shape), stats
         h_RLD = x_RLD + self.attention(self.attention_norm(x_RLD), position_RL, mask, cache)
-        y_TD, stats = self.feed_forward(self.feed_forward_norm(h_RLD).flatten(0, 1), groups, mode)
+        y_TD, stats = self.feed_forward(self.feed_forward_norm(h_RLD).flatten(0, 1), groups, mode, noise_TE)
         return h_RLD + y_TD.view(shape), stats

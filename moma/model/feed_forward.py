@@ -51,6 +51,7 @@ class SparseConfig:
 
     experts: dict[str, int]
     kind: Literal["sparse"] = "sparse"
+    noise: Literal["none", "gumbel"] = "none"  # on the routers' logits, in pre-training only
     selection: ExpertChoiceConfig = kind_field(
         {name: rule.config for name, rule in SELECTIONS.items()}, default_factory=ExpertChoiceConfig
     )
@@ -81,8 +82,10 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([Experts(1, dim, hidden_dim)])
 
-    def forward(self, x_TD: Tensor, groups: TokenGroups, mode: Mode) -> tuple[Tensor, None]:
-        """(T, D) -> (T, D); groups and mode make no difference."""
+    def forward(
+        self, x_TD: Tensor, groups: TokenGroups, mode: Mode, noise_TE: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """(T, D) -> (T, D); groups, mode and noise make no difference."""
         return self.experts[0](x_TD[None])[0], None
 
 
@@ -110,11 +113,16 @@ class SparseFeedForward(nn.Module):
         self.router = nn.Parameter(torch.empty(dim, self.n_routed)) if self.n_routed else None
         self.aux = nn.ModuleList(AuxRouter(dim, size) for size in group_sizes if size > 1 and aux_routers)
 
-    def forward(self, x_TD: Tensor, groups: TokenGroups, mode: Mode) -> tuple[Tensor, RouterStats | None]:
-        """(T, D) -> (T, D) and the routing decisions (None when no group has a router)."""
+    def forward(
+        self, x_TD: Tensor, groups: TokenGroups, mode: Mode, noise_TE: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """(T, D) -> (T, D) and the routing decisions (None when no group has a router).
+
+        `noise_TE` is added to the logits of the routed experts (see `routing/noise.py`).
+        """
         if len(self.group_sizes) == 1:
             groups = groups.merged()
-        stats, chosen = self._decide(x_TD, groups)
+        stats, chosen = self._decide(x_TD, groups, noise_TE)
         if mode == "train":
             return self._batched(x_TD, groups, chosen, stats), stats
         if stats is not None:
@@ -126,7 +134,7 @@ class SparseFeedForward(nn.Module):
         return self._dropless(x_TD, groups, stats), stats
 
     def _decide(
-        self, x_TD: Tensor, groups: TokenGroups
+        self, x_TD: Tensor, groups: TokenGroups, noise_TE: Tensor | None
     ) -> tuple[RouterStats | None, list[tuple[Tensor, Tensor | None]]]:
         """Scores and the training rule's choice: stats, and per routed group flat `token_EK` (-1 empty), `gate_EK`."""
         if self.router is None:
@@ -134,6 +142,8 @@ class SparseFeedForward(nn.Module):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         with full_precision(x_TD):
             all_logit_TE = x_TD.to(wide) @ self.router.to(wide)
+            if noise_TE is not None:
+                all_logit_TE = all_logit_TE + noise_TE
         n_tokens, chosen, columns, start = x_TD.shape[0], [], [], 0
         for m, size in enumerate(self.group_sizes):
             if size == 1:

@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         aux_routers: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.feed_forward = config, vocab_size, feed_forward
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
         for _ in range(config.n_layers):
@@ -97,12 +97,17 @@ class Transformer(nn.Module):
         groups: TokenGroups,
         mode: Mode = "train",
         caches: Sequence[Any] | None = None,
+        noise_NTE: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Hidden states (R, L, D) after the final norm, and the decisions of every layer that has a router."""
+        """Hidden states (R, L, D) after the final norm, and the decisions of every layer that has a router.
+
+        `noise_NTE`: routing noise of the N layers (training only).
+        """
         x_RLD, stats = self.embedding(tokens_RL), []
         for layer, block in enumerate(self.blocks):
             cache = None if caches is None else caches[layer]
-            x_RLD, layer_stats = block(x_RLD, position_RL, mask, groups, mode, cache)
+            noise_TE = None if noise_NTE is None else noise_NTE[layer]
+            x_RLD, layer_stats = block(x_RLD, position_RL, mask, groups, mode, cache, noise_TE)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(x_RLD), stats
