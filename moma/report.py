@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moma.analysis import report
+from moma.analysis.generations import read_generations
 from moma.analysis.runs import collect
 from moma.config import Composed
 
@@ -34,7 +35,7 @@ def main(composed: Composed) -> int:
     """`moma report runs=[...] out=FOLDER`: writes the report and prints the verdict; returns 0."""
     config: ReportConfig = composed.config
     runs = collect(config.runs)
-    generations = [report.read_generations(folder, runs) for folder in config.generations]
+    generations = [read_generations(folder, runs) for folder in config.generations]
     path = report.write_report(runs, generations, config.out, _quickstart(config.out))
     print("\n".join([*report.summary_lines(runs), f"wrote {path}"]))
     return 0

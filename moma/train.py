@@ -193,7 +193,18 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     if config.eval.interval and not config.objective.needs_aux_routers:
         require_held_out(config.data.corpus, vocab)
     run = _Run(
-        config, run_dir, vocab, model, optimizer, identity, device, precision, total, meta.get("window", {}), init_step
+        config,
+        run_dir,
+        vocab,
+        model,
+        optimizer,
+        identity,
+        device,
+        precision,
+        total,
+        meta.get("window", {}),
+        init_step,
+        git_state(),
     )
     run.print_plan(flops, sources, meta.get("step", 0))
     meter = Meter(config.parallel.peak_flops, state=meta.get("meter"))
@@ -302,6 +313,7 @@ class _Run:
     total: int
     window: dict[str, list[float]]
     init_step: int | None
+    git: dict[str, Any]  # of the code that runs, at its start
     stop_asked: bool = False
 
     def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog, flops_per_token: float) -> int:
@@ -384,7 +396,7 @@ class _Run:
     def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog) -> None:
         meta = {
             "config": self.identity,
-            "git": git_state(),
+            "git": self.git,
             "vocab_hash": self.vocab.hash,
             "precision": self.precision,
             "threads": torch.get_num_threads(),

@@ -39,6 +39,7 @@ def refused(capsys, tmp_path, status, words):
         (["data.images=9"], ["got images=9 per micro-batch, need at most 4", "set data.images<=4"]),
         (["model.dim=33"], ["got dim=33 and n_heads=2, need an even dim / n_heads"]),
         (["feed_forward=dense", "+feed_forward.experts.text=4"], ["unknown key feed_forward.experts"]),
+        (["optim.warmupp.steps=3"], ["got the unknown duration optim.warmupp", "did you mean optim.warmup?"]),
         (["optim.lr=fast"], ["got optim.lr='fast' (str), need float"]),
     ],
 )

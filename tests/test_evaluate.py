@@ -84,3 +84,12 @@ def test_refusals(runs, tmp_path):
         compose("evaluate", ["run=x", "pictures=3"])
     with pytest.raises(ValueError, match=r"got .*nothing without a checkpoint, need a trained run"):
         evaluated(tmp_path / "nothing")
+
+
+def test_more_pictures_than_held_out_pairs_are_refused_before_any_work(runs, monkeypatch):
+    monkeypatch.setattr(evaluate.ImageTokenizer, "load", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "PictureFeatures", lambda: None)
+    (runs["dense"] / "eval.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"got pictures=500, need at most the \d+ held-out pairs of .*: lower it"):
+        evaluated(runs["dense"], "pictures=500")
+    assert not (runs["dense"] / "eval.json").exists()

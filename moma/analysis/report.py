@@ -14,8 +14,7 @@ import html
 import io
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ from PIL import Image
 
 from moma import __version__
 from moma.analysis import figures
-from moma.analysis.runs import Run
+from moma.analysis.fairness import unfair
+from moma.analysis.generations import Generations
+from moma.analysis.runs import Run, with_routers
 from moma.analysis.speedup import (
     HELD_OUT,
     SEEDS_FOR_A_CLAIM,
@@ -36,8 +37,6 @@ from moma.analysis.speedup import (
     Speedup,
     curve,
     held_out,
-    paired,
-    sparse_variants,
     speedups,
     variants,
 )
@@ -45,7 +44,6 @@ from moma.analysis.speedup import (
 MOST_BYTES = 5_000_000
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHARACTERS = 24, 4, 280
 TOP_TOKENS = 6
-_SETTINGS = ("model", "data", "optim", "precision", "vocab_hash")  # equal in the two runs of a pair
 _MODES = {
     "causal": "causal: no routers",
     "aux": "aux: causal, auxiliary routers",
@@ -61,56 +59,6 @@ _KINDS_OF_PICTURES = {
 
 class Html(str):
     """Text that is markup already; everything else is escaped."""
-
-
-@dataclass(frozen=True)
-class Generations:
-    """What one model generated: entries of a generations.json; `mode` is its routing mode."""
-
-    label: str
-    mode: str
-    folder: Path
-    entries: tuple[dict[str, Any], ...]
-
-
-def read_generations(folder: Path, runs: Sequence[Run]) -> Generations:
-    """The generations.json in `folder`, labelled with the variant of its run; raises ValueError."""
-    path = folder / "generations.json"
-    if not path.is_file():
-        raise ValueError(f"got no {path}, need a folder that `moma generate` wrote: check generations=[...]")
-    try:
-        record = json.loads(path.read_text())
-        entries = tuple(_by_prompt(record["generations"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"got a damaged {path} ({type(error).__name__}: {error}), need generations with prompt and kind: "
-            "run moma generate again"
-        ) from None
-    label = _variant_at(str(record.get("run", "")), runs) or str(record.get("feed_forward") or folder.name)
-    return Generations(label, str(record.get("mode", "?")), folder, entries)
-
-
-def _variant_at(recorded: str, runs: Sequence[Run]) -> str | None:
-    """Variant of the run at the path `recorded`, else of the runs of that name; None if those are several."""
-    path = Path(recorded)
-    for run in runs:
-        if path.resolve() in {one.folder.resolve() for one in _with_routers([run])}:
-            return run.variant
-    # The folders were moved, or the path was relative to another folder: the name must do.
-    named = {run.variant for run in runs if path.name in {one.name for one in _with_routers([run])}}
-    return named.pop() if len(named) == 1 else None
-
-
-def _by_prompt(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Records of single samples as entries: pictures of one prompt together in `files`, captions one by one."""
-    drawn: dict[str, dict[str, Any]] = {}
-    for record in records:
-        if record["kind"] == "caption":
-            yield {key: record.get(key) for key in ("kind", "text", "real")} | {"prompt": record["prompt"]}
-        elif str(record.get("file", "")).endswith(".png"):
-            first = {"kind": "picture", "prompt": record["prompt"], "files": [], "real": record.get("real")}
-            drawn.setdefault(record["prompt"], first)["files"].append(record["file"])
-    yield from drawn.values()
 
 
 def write_report(
@@ -292,7 +240,7 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
 
 
 def _warnings(runs: Sequence[Run]) -> str:
-    return "".join(f"<p class=warn>{html.escape(note)}</p>" for note in _unfair(runs))
+    return "".join(f"<p class=warn>{html.escape(note)}</p>" for note in unfair(runs))
 
 
 def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
@@ -576,7 +524,7 @@ def _budget(quickstart: dict[str, Any]) -> str:
 
 def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
     body = []
-    for run in _with_routers(runs):
+    for run in with_routers(runs):
         git = run.meta.get("git", {})
         commit = str(git.get("commit", "no checkout"))[:12] + ("" if git.get("clean", True) else ", changed")
         body.append(
@@ -592,7 +540,7 @@ def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
     details = "".join(
         f"<details><summary>configuration of {html.escape(run.name)}</summary>"
         f"<pre>{html.escape(json.dumps(run.config, indent=1))}</pre></details>"
-        for run in _with_routers(runs)
+        for run in with_routers(runs)
     )
     return _section(
         "Versions and configurations",
@@ -632,48 +580,6 @@ def _summary(runs: Sequence[Run], rows: Sequence[Row], etas: Sequence[Speedup]) 
     return {"format": 1, "runs": named, "smoothing": SMOOTHING, "held_out": losses, "eta": found}
 
 
-def _unfair(runs: Sequence[Run]) -> Iterable[str]:
-    """What makes the comparison less than equal: stale files first, then unequal pairs."""
-    for run in runs:
-        yield from _stale(run)
-    for variant in sparse_variants(runs):
-        for dense, sparse in paired(runs, variant):
-            a, b = float(dense.metrics["flops"][-1]), float(sparse.metrics["flops"][-1])
-            if abs(a - b) > 0.01 * max(a, b):
-                yield f"Training FLOPs differ: {variant} had {b / a:.2f} times those of dense (seed {dense.seed[1]})."
-            batches = [run.eval.get("micro_batches") for run in (dense, sparse) if run.eval]
-            if len(set(batches)) > 1:
-                yield f"Held-out sets differ: {batches} micro-batches for dense and {variant} (seed {dense.seed[1]})."
-            if names := _differing(dense, sparse):
-                yield f"Settings differ beside the feed-forward: {', '.join(names)} ({variant}, seed {dense.seed[1]})."
-
-
-def _stale(run: Run) -> Iterable[str]:
-    """What was made from another checkpoint than the newest; a step that an older version left out says nothing."""
-    one = run.evaluated
-    at, newest = (one.eval or {}).get("step"), one.meta.get("step")
-    if None not in (at, newest) and at != newest:
-        yield (
-            f"{one.name} (seed {run.seed[1]}) was evaluated at step {at}, its newest checkpoint is step {newest}: "
-            "run moma evaluate again."
-        )
-    if run.routers:
-        at, newest = run.routers.meta.get("init_step"), run.meta.get("step")
-        if None not in (at, newest) and at != newest:
-            yield (
-                f"{run.routers.name} (seed {run.seed[1]}): routers start from step {at} of the base, whose newest "
-                f"checkpoint is step {newest}: train them again in a new folder."
-            )
-
-
-def _differing(dense: Run, sparse: Run) -> list[str]:
-    """Settings that both runs recorded and that are not the same; the duration shows in the FLOPs."""
-    a, b = dense.config, sparse.config
-    if "plan" in a and "plan" in b:  # what the micro-batches hold, wherever the corpus lies
-        a, b = ({**c, "data": {**c.get("data", {}), "corpus": c["plan"]}} for c in (a, b))
-    return [name for name in _SETTINGS if name in a and name in b and a[name] != b[name]]
-
-
 def _title(runs: Sequence[Run]) -> str:
     return "moma report: " + " and ".join(variants(runs))
 
@@ -684,11 +590,6 @@ def _first_of_each(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         first.setdefault(run.variant, run)
     return list(first.values())
-
-
-def _with_routers(runs: Sequence[Run]) -> list[Run]:
-    """Every run, followed by the one that trained its auxiliary routers."""
-    return [one for run in runs for one in (run, run.routers) if one is not None]
 
 
 def _eta_text(s: Speedup) -> str:

@@ -14,6 +14,7 @@ kill cut off is left out.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,8 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"got {path} with a {type(found).__name__}, need a JSON object: {remedy}")
     return found
+
+
+def with_routers(runs: Sequence[Run]) -> list[Run]:
+    """Every run, followed by the one that trained its auxiliary routers."""
+    return [one for run in runs for one in (run, run.routers) if one is not None]

@@ -124,7 +124,7 @@ class SparseFeedForward(nn.Module):
             groups = groups.merged()
         stats, chosen = self._decide(x_TD, groups, noise_TE)
         if mode == "train":
-            return self._batched(x_TD, groups, chosen, stats), stats
+            return self._batched(x_TD, groups, chosen), stats
         if stats is not None:
             if stats.aux_logit_TE is None:
                 raise ValueError(
@@ -135,8 +135,11 @@ class SparseFeedForward(nn.Module):
 
     def _decide(
         self, x_TD: Tensor, groups: TokenGroups, noise_TE: Tensor | None
-    ) -> tuple[RouterStats | None, list[tuple[Tensor, Tensor | None]]]:
-        """Scores and the training rule's choice: stats, and per routed group flat `token_EK` (-1 empty), `gate_EK`."""
+    ) -> tuple[RouterStats | None, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Scores and the training rule's choice: stats, and per routed group what `_batched` needs.
+
+        That is flat `token_EK` (-1: empty slot), `gate_EK`, and the inverse map `slots_TE`.
+        """
         if self.router is None:
             return None, []
         wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -157,14 +160,14 @@ class SparseFeedForward(nn.Module):
             flat_EK = index_N[token_EK]
             if keep_EK is not None:
                 flat_EK = torch.where(keep_EK, flat_EK, -1)
-            chosen.append((flat_EK, gate_EK))
+            slots_TE = slots_of_tokens(flat_EK, n_tokens)
+            chosen.append((flat_EK, gate_EK, slots_TE))
             member_TE = (slot_T >= 0)[:, None].expand(n_tokens, size)
             aux_TE = None
             if len(self.aux):
                 aux_NE = self.aux[len(columns)](x_TD[index_N])
                 # invalid slots of the padded form point at token 0; the inverse map leaves them out
                 aux_TE = combine(aux_NE, slot_T[:, None], self._live(index_N, valid_N))
-            slots_TE = slots_of_tokens(flat_EK, n_tokens)
             columns.append(
                 (slots_TE >= 0, torch.where(member_TE, torch.sigmoid(logit_TE.detach()), 0), aux_TE, member_TE)
             )
@@ -181,11 +184,10 @@ class SparseFeedForward(nn.Module):
         self,
         x_TD: Tensor,
         groups: TokenGroups,
-        chosen: list[tuple[Tensor, Tensor | None]],
-        stats: RouterStats | None,
+        chosen: list[tuple[Tensor, Tensor, Tensor]],
     ) -> Tensor:
         """gather -> batched matmul -> gather-sum, group after group."""
-        n_tokens, routed = x_TD.shape[0], iter(chosen)
+        routed = iter(chosen)
         y_TD: Tensor | None = None
         for m, size in enumerate(self.group_sizes):
             if size == 1:
@@ -193,8 +195,7 @@ class SparseFeedForward(nn.Module):
                 token_EK, gate_EK = self._live(groups.index[m], valid_N)[None], None
                 slots_TC = groups.slot[m][:, None]
             else:
-                token_EK, gate_EK = next(routed)
-                slots_TC = slots_of_tokens(token_EK, n_tokens)
+                token_EK, gate_EK, slots_TC = next(routed)
             token_S = token_EK.reshape(-1)
             x_EKD = dispatch(x_TD, token_S, slots_TC).view(*token_EK.shape, self.dim)
             y_SD = self.experts[m](x_EKD, gate_EK).flatten(0, 1)

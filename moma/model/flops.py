@@ -68,7 +68,7 @@ def feed_forward_part(layer: object, modality_shares: tuple[float, ...]) -> Part
         experts_per_token = 1.0
     else:  # a group of one expert runs on every token of the group, whatever the capacity factor
         groups = zip(shares, layer.shares, sizes, strict=True)
-        experts_per_token = sum(s * (1 if size == 1 else min(share, 1) * size) for s, share, size in groups)
+        experts_per_token = sum(s * (1 if size == 1 else share * size) for s, share, size in groups)
         experts_per_token = float(experts_per_token)
     flops = 2 * one * experts_per_token
     return Part(one * sum(sizes), round(one * experts_per_token), flops, flops)

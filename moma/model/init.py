@@ -14,7 +14,8 @@ same attention, embedding and head, so paired seeds differ in nothing but the fe
 
 Neither paper states its initialisation. In Swin order the norm after a sub-layer sets its size, so the gain takes the
 place of a depth-dependent scale: small, it lets every block start near the identity (Swin V2 starts its gains at 0).
-Not smaller than this: below, activations sink under the norms' eps.
+Not much smaller than this: a SwiGLU's output shrinks with the square of its input, and would start below the norms'
+eps.
 """
 
 import hashlib

@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         target_T: Tensor,
-        scale: Tensor,
+        scale: Tensor | float,
         z_weight: float,
         compute_dtype: torch.dtype,
         needs_grad: bool,
@@ -96,7 +96,7 @@ def linear_cross_entropy(
         autocast = torch.is_autocast_enabled(device.type)
         compute_dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_TD.dtype
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    scale = 1.0 / torch.as_tensor(denominator, dtype=wide, device=device)
+    scale = 1.0 / (denominator.to(wide) if isinstance(denominator, Tensor) else denominator)
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     with full_precision(hidden_TD):
         out: Any = _LinearCrossEntropy.apply(

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from moma.analysis import report
+from moma.analysis.fairness import unfair
+from moma.analysis.generations import Generations, read_generations
 from moma.analysis.runs import collect
 
 
@@ -60,7 +62,7 @@ def check(page: str) -> Checker:
 def page(study: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
     runs = collect(study["runs"])
-    generations = [report.read_generations(folder, runs) for folder in study["generations"]]
+    generations = [read_generations(folder, runs) for folder in study["generations"]]
     record = {
         "stages": {"prepare <x>": {"cpu_s": 90.0, "wall_s": 50.0, "command": "moma prepare name='<emoji>'"}},
         "machine": {"cpu": "two & more"},
@@ -169,13 +171,13 @@ def test_settings_that_differ_are_named(study: dict, undrawn: None, tmp_path: Pa
     runs = collect(study["runs"])
     config = runs[1].config
     config["data"]["corpus"] = "/elsewhere/corpora/emoji"  # the same plan: the same micro-batches
-    assert not any("Settings differ" in note for note in report._unfair(runs))
+    assert not any("Settings differ" in note for note in unfair(runs))
     config["model"]["dim"] = 512
     config["data"]["accumulation"] = 2
     text = check(report.write_report(runs, [], tmp_path).read_text()).text
     assert "Settings differ beside the feed-forward: model, data (moe_4t4i, seed 0)." in text
     config["optim"]["lr"], config["precision"], config["vocab_hash"] = 1e-4, "fp32", "other"
-    notes = [note for note in report._unfair(runs) if "Settings" in note]
+    notes = [note for note in unfair(runs) if "Settings" in note]
     assert notes == [
         "Settings differ beside the feed-forward: model, data, optim, precision, vocab_hash (moe_4t4i, seed 0)."
     ]
@@ -184,7 +186,7 @@ def test_settings_that_differ_are_named(study: dict, undrawn: None, tmp_path: Pa
 def test_another_plan_is_other_data(study: dict) -> None:
     runs = collect(study["runs"])
     runs[1].config["plan"] = "another"
-    assert list(report._unfair(runs)) == ["Settings differ beside the feed-forward: data (moe_4t4i, seed 0)."]
+    assert list(unfair(runs)) == ["Settings differ beside the feed-forward: data (moe_4t4i, seed 0)."]
 
 
 def test_runs_of_older_versions_are_not_warned_of(study: dict) -> None:
@@ -194,7 +196,7 @@ def test_runs_of_older_versions_are_not_warned_of(study: dict) -> None:
     for eval in (runs[0].eval, runs[1].eval):
         del eval["step"]  # type: ignore[union-attr, attr-defined]
     del runs[1].routers.meta["init_step"]  # type: ignore[union-attr]
-    assert list(report._unfair(runs)) == []
+    assert list(unfair(runs)) == []
 
 
 def test_generations_are_labelled_by_the_path_of_their_run(
@@ -208,7 +210,7 @@ def test_generations_are_labelled_by_the_path_of_their_run(
         (tmp_path / "made").mkdir(exist_ok=True)
         record = {"run": str(run), "mode": "causal", "generations": []}
         (tmp_path / "made/generations.json").write_text(json.dumps(record))
-        return report.read_generations(tmp_path / "made", among).label
+        return read_generations(tmp_path / "made", among).label
 
     monkeypatch.chdir(tmp_path)
     assert label("moe/s0") == label(tmp_path / "moe/../moe/s0") == "moe_4t4i"
@@ -221,14 +223,14 @@ def test_generations_are_labelled_by_the_path_of_their_run(
 
 def test_bad_generations_are_refused(study: dict, undrawn: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got no .*generations.json, need a folder that `moma generate` wrote"):
-        report.read_generations(tmp_path, [])
+        read_generations(tmp_path, [])
     folder = tmp_path / "made"
     shutil.copytree(study["generations"][0], folder)
     record = json.loads((folder / "generations.json").read_text())
 
-    def write(entries: list) -> report.Generations:
+    def write(entries: list) -> Generations:
         (folder / "generations.json").write_text(json.dumps(record | {"generations": entries}))
-        return report.read_generations(folder, [])
+        return read_generations(folder, [])
 
     assert write([]).label == "dense"
     with pytest.raises(ValueError, match=r"got a damaged .*generations.json .*need generations with prompt and kind"):

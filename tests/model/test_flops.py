@@ -1,11 +1,9 @@
-"""Parameters and FLOPs of the named sizes: recorded integers, the paper's table, and what torch counts."""
+"""FLOPs of the named sizes: what torch counts, sparse against dense. Recorded parameters: tests/test_describe.py."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moma.modality import TokenGroups
@@ -20,37 +18,12 @@ SIZES = {
     "435m": ModelConfig(dim=1024, n_layers=24, n_heads=16),
     "1_4b": ModelConfig(dim=2048, n_layers=24, n_heads=16),
 }
-# size, variant: exact total, 2 V d + d + l (4 d^2 + 3 d f E + 2 d + 4 d/h + d R) with E experts of width f and R
-# routed ones; and the total the paper's sizes come to at width 8 d / 3, in millions
-COUNTS = {
-    ("90m", "dense"): (92_416_512, 92.3),
-    ("90m", "moe_8x"): (210_807_296, 209.7),
-    ("90m", "moe_1t1i"): (109_324_800, 109),
-    ("90m", "moe_4t4i"): (210_807_296, 209.7),
-    ("435m", "dense"): (437_836_800, 436.2),
-    ("435m", "moe_8x"): (1_858_329_600, 1845),
-    ("435m", "moe_1t1i"): (640_736_256, 637),
-    ("435m", "moe_4t4i"): (1_858_329_600, 1845),
-    ("1_4b", "dense"): (1_478_080_512, 1476),
-    ("1_4b", "moe_8x"): (7_126_628_352, 7113),
-    ("1_4b", "moe_1t1i"): (2_284_959_744, 2280),
-    ("1_4b", "moe_4t4i"): (7_126_628_352, 7113),
-}
 HALF = (0.5, 0.5)
 
 
 def meta_model(config, variant, vocab_size=VOCAB, aux_routers=False):
     with torch.device("meta"):
         return Transformer(config, variant.feed_forward, vocab_size, variant.vocabulary.modalities, aux_routers)
-
-
-@pytest.mark.parametrize("size, name", COUNTS)
-def test_parameter_counts(size, name, variants):
-    exact, millions = COUNTS[size, name]
-    model = meta_model(SIZES[size], variants[name])
-    total = sum(p.numel() for p in model.parameters())
-    assert totals(parts_of(model, 4096, HALF))["params_total"] == total == exact
-    assert abs(total / 1e6 / millions - 1) < 0.01
 
 
 @pytest.mark.parametrize("name", ["moe_8x", "moe_1t1i", "moe_4t4i", "moe_7t1i"])
@@ -96,25 +69,20 @@ def test_auxiliary_routers_are_counted_as_parameters_alone(variants):
 
 
 def counted_by_torch(config, variant, vocab_size, n_rows, length, counts):
-    """Matmul FLOPs of one forward pass with the head, as torch counts them on fake tensors (no memory, no work).
-
-    Fake CPU tensors and not the meta device, which autocast does not know; the plain attention kernel, which
-    the counter sees as the two matmuls it is. `TokenGroups` of fake tensors need no index sets to be found.
-    """
-    with FakeTensorMode():
+    """Matmul FLOPs of one forward pass with the head, as torch counts them on the meta device (no memory, no work)."""
+    n_tokens = n_rows * length
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = Transformer(config, variant.feed_forward, vocab_size, variant.vocabulary.modalities)
-        n_tokens = n_rows * length
         tokens_RL = torch.zeros(n_rows, length, dtype=torch.int64)
         index = tuple(torch.zeros(n, dtype=torch.int64) for n in counts)
         groups = TokenGroups(index, tuple(torch.zeros(n_tokens, dtype=torch.int64) for _ in counts))
         mask = torch.ones(n_rows, 1, length, length, dtype=torch.bool)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            h_RLD, _ = model(tokens_RL, tokens_RL, mask, groups)
-            model.head(h_RLD)
+        h_RLD, _ = model(tokens_RL, tokens_RL, mask, groups)
+        model.head(h_RLD)
     return counter.get_total_flops()
 
 
-TRUE_SIZES = [("90m", n) for n in ("dense", "moe_8x", "moe_1t1i", "moe_4t4i", "moe_7t1i")] + [("1_4b", "dense")]
+TRUE_SIZES = [(size, n) for size in SIZES for n in ("dense", "moe_8x", "moe_1t1i", "moe_4t4i", "moe_7t1i")]
 
 
 @pytest.mark.parametrize("size, name", TRUE_SIZES)
@@ -154,22 +122,3 @@ def test_capacity_factor_scales_the_experts(variants):
 
     one, half, many = (flops(c) for c in (1.0, 0.5, 100.0))
     assert half == one / 2 and many == 4 * one
-
-
-@pytest.mark.parametrize("size", ["90m", "435m", "1_4b"])
-@pytest.mark.parametrize("name", ["dense", "moe_8x", "moe_1t1i", "moe_4t4i"])
-def test_the_meta_device_executes_what_the_table_says(variants, size, name):
-    """The forward pass with its head on meta tensors, attention in full: exact equality per token."""
-    rows, length = 2, 512
-    model = meta_model(SIZES[size], variants[name])
-
-    def empty(*shape, dtype=torch.int64):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    tokens = rows * length
-    groups = TokenGroups((empty(tokens // 2),) * 2, (empty(tokens),) * 2)
-    position, mask = empty(rows, length), empty(rows, 1, length, length, dtype=torch.bool)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden, _ = model(empty(rows, length), position, mask, groups, "train")
-        model.head(hidden)
-    assert counter.get_total_flops() / tokens == totals(parts_of(model, length, HALF))["flops_per_token_forward"]
