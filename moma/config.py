@@ -66,6 +66,7 @@ VERBS = {
     "train_bpe": Verb("text tokenizer", "moma.train_bpe:TrainBpeConfig", "moma.train_bpe:train_bpe", False),
     "train_vq": Verb("image tokenizer", "moma.train_vq:TrainVqConfig", "moma.train_vq:train_vq", False),
     "train": Verb("pre-train a model, or its causal routers", "moma.train:TrainConfig", "moma.train:main"),
+    "upcycle": Verb("seed checkpoint -> sparse checkpoint", "moma.upcycle:UpcycleConfig", "moma.upcycle:main"),
     "evaluate": Verb("checkpoint -> eval.json", "moma.evaluate:EvaluateConfig", "moma.evaluate:main"),
     "generate": Verb("checkpoint -> text and pictures", "moma.generate:GenerateConfig", "moma.generate:main"),
     "describe": Verb("parameters, FLOPs, memory", "moma.describe:DescribeConfig", "moma.describe:main"),

@@ -1,8 +1,12 @@
 """Evaluate a run on held-out documents: losses per modality and mode, baselines, routers, maps -> eval.json.
 
-Modes: models with routers are scored in `train` mode (expert choice over the micro-batch: sees the future) and, once
-their auxiliary routers are trained, in `aux` mode (causal); models without routers are causal as they are. Every
-number names its mode. Micro-batches have the run's own shape; baselines are scored on the very same targets.
+    train             the training rule over the micro-batch: sees the future (expert choice, depth routers), or has
+                      capacities (token choice, expert threshold)
+    aux, aux_calibrated, threshold    the causal forms of a rule that sees the future; the first two with auxiliary
+                      routers
+    causal            a model whose rules are causal, dropless; a model without routers, which has no other mode
+
+Every number names its mode. Micro-batches have the run's own shape; baselines are scored on the very same targets.
 """
 
 import json
@@ -20,7 +24,8 @@ from moma.data.shards import open_corpus
 from moma.distributed import autocast, choose_device
 from moma.evaluation import EVALUATORS
 from moma.evaluation.baselines import fit
-from moma.evaluation.maps import expert_names
+from moma.evaluation.diagnostics import specialisation
+from moma.evaluation.error_injection import check_rates, error_injection, targets
 from moma.evaluation.pictures import (
     PictureFeatures,
     kernel_distance,
@@ -29,9 +34,10 @@ from moma.evaluation.pictures import (
     unigram_codes,
 )
 from moma.evaluation.runs import LoadedRun, load_run
-from moma.generation.interleaved import causal_mode, generate
-from moma.model.feed_forward import Mode, SparseFeedForward
+from moma.generation.interleaved import generate
+from moma.model.feed_forward import Mode
 from moma.model.flops import parts_of, totals
+from moma.model.transformer import Transformer
 from moma.tokenizer.image import ImageTokenizer
 from moma.tokenizer.text import TextTokenizer
 from moma.train import DataConfig, require_held_out, validation_batches
@@ -48,6 +54,7 @@ class EvaluateConfig:
     corpus: Path | None = None  # null: the run's own
     batches: int | None = 24
     pictures: int = 0  # held-out names to draw, for the distance of generated pictures from real ones
+    error_rates: tuple[float, ...] = ()  # of planted routing errors; empty: none are planted
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
 
@@ -56,6 +63,7 @@ class EvaluateConfig:
             raise ValueError(f"got batches={self.batches}, need at least 1, or null for the whole split")
         if self.pictures and self.pictures < MIN_PICTURES:
             raise ValueError(f"got pictures={self.pictures}, need 0 (none) or at least {MIN_PICTURES} for a distance")
+        check_rates(self.error_rates)
 
 
 def main(composed: Composed) -> int:
@@ -66,7 +74,7 @@ def main(composed: Composed) -> int:
     corpus = config.corpus or run.corpus
     require_held_out(corpus, run.vocab)
     artist = Artist(run, corpus, config.pictures, device) if config.pictures else None
-    result = evaluate(run, corpus, config.batches, device)
+    result = evaluate(run, corpus, config.batches, device, config.error_rates)
     if artist is not None:
         result["pictures"] = artist.distances()
     out = config.out or config.run / "eval.json"
@@ -79,48 +87,78 @@ def main(composed: Composed) -> int:
     return 0
 
 
-def evaluate(run: LoadedRun, corpus: Path, limit: int | None, device: torch.device) -> dict[str, Any]:
-    """Everything `eval.json` holds; see the module docstring."""
+def modes_of(model: Transformer) -> dict[str, Mode]:
+    """The modes to score a model in, by the names that its numbers carry; the causal one to generate in comes first
+    after `train`. See the module docstring."""
+    if not model.routers():
+        return {"causal": "train"}  # the modes are all the same
+    if not model.needs_future:
+        return {"train": "train", "causal": "threshold"}
+    modes: tuple[Mode, ...] = ("train", *model.causal_modes())
+    return {mode: mode for mode in modes}
+
+
+def evaluate(
+    run: LoadedRun, corpus: Path, limit: int | None, device: torch.device, error_rates: tuple[float, ...] = ()
+) -> dict[str, Any]:
+    """Everything `eval.json` holds; see the module docstring. Raises ValueError for `error_rates` without routers."""
     config: dict[str, Any] = run.meta["config"]
     data: DataConfig = build(DataConfig, config["data"], "data")
     vocab, model = run.vocab, run.model
+    if error_rates and not targets(model):
+        raise ValueError(
+            f"got error_rates={list(error_rates)} for {run.run_dir}, which has no routers, need a sparse run: leave "
+            "error_rates out"
+        )
 
     def batches() -> Iterator[Batch]:
         return validation_batches(corpus, vocab, data, limit, device)
 
-    layer = model.blocks[0].feed_forward
-    routed = layer if isinstance(layer, SparseFeedForward) and layer.n_routed else None
-    has_aux = routed is not None and len(routed.aux) > 0
-    modes: dict[str, Mode] = {"causal": "train"} if routed is None else {"train": "train"}
-    modes |= {"aux": "aux"} if has_aux else {}
     table = totals(parts_of(model, data.row_length, data.modality_shares(vocab)))
     with autocast(run.precision, device):
         found = {
-            name: {shown: evaluator(model, batches(), vocab, mode) for shown, mode in modes.items()}
+            name: {shown: evaluator(model, batches(), vocab, mode) for shown, mode in modes_of(model).items()}
             for name, evaluator in EVALUATORS.items()
         }
-        result = {
-            "run": str(run.run_dir),
-            "model": config["model"],
-            "feed_forward": config["feed_forward"],
-            "step": run.step,
-            "tokens": run.meta["meter"]["tokens"],
-            "flops": run.meta["meter"]["flops"],
-            "corpus": str(corpus),
-            "split": "val",
-            "micro_batches": sum(1 for _ in batches()),
-            "precision": run.precision,
-            **table,
-            "loss": found.pop("perplexity"),
-            "baselines": baselines(corpus, run, batches()),
+        errors = {
+            target: error_injection(model, batches(), vocab, error_rates, 0, target)
+            for target in (targets(model) if error_rates else [])
         }
-    maps, routing = found.pop("maps"), found.pop("routing")
-    if routed is not None:
-        result["maps"] = _maps(run, routed, maps)
-    if has_aux:
-        result["routing"] = {"training": routing["train"], "free_running": routing["aux"]}
-    result |= found  # evaluators of one's own: metrics per mode
-    return result
+    loss, routing = found.pop("perplexity"), found.pop("routing")
+    result = {
+        "run": str(run.run_dir),
+        "model": config["model"],
+        "feed_forward": config["feed_forward"],
+        "attention": config["attention"],
+        "depth": config["depth"],
+        "step": run.step,
+        "tokens": run.meta["meter"]["tokens"],
+        "flops": run.meta["meter"]["flops"],
+        "corpus": str(corpus),
+        "split": "val",
+        "micro_batches": sum(1 for _ in batches()),
+        "precision": run.precision,
+        **table,
+        "loss": loss,
+        "gap": gaps(loss),
+        "baselines": baselines(corpus, run, batches()),
+    }
+    if model.routers():
+        result["maps"] = _maps(run, {mode: own["maps"] for mode, own in routing.items()})
+        result["diagnostics"] = {mode: own["diagnostics"] for mode, own in routing.items()}
+        result["specialisation"] = specialisation(model)
+    if model.needs_future:
+        result["routing"] = _states({mode: own["agreement"] for mode, own in routing.items()})
+    if errors:
+        result["error_injection"] = errors
+    return result | found  # evaluators of one's own: metrics per mode
+
+
+def gaps(loss: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What each causal mode loses: its losses minus those of `train`, nats; {} where there is one mode alone."""
+    train = loss.get("train", {})
+    names = [name for name in train if name.startswith("loss")]
+    return {m: {name: own[name] - train[name] for name in names} for m, own in loss.items() if names and m != "train"}
 
 
 def baselines(corpus: Path, run: LoadedRun, batches: Iterator[Batch]) -> dict[str, float]:
@@ -143,14 +181,16 @@ def baselines(corpus: Path, run: LoadedRun, batches: Iterator[Batch]) -> dict[st
 class Artist:
     """Draws `n` pictures for held-out names and measures their distance from the held-out pictures.
 
-    Everything that may be missing (image tokenizer, feature weights, causal routers, enough pairs) is refused when it
-    is built, before any work. All pictures come out of the tokenizer's decoder, so its own loss of detail counts for
-    nobody.
+    Everything that may be missing (image tokenizer, feature weights, enough pairs) is refused when it is built, before
+    any work. All pictures come out of the tokenizer's decoder, so its own loss of detail counts for nobody. The mode
+    is the first causal one that the run has.
     """
 
     def __init__(self, run: LoadedRun, corpus: Path, n: int, device: torch.device) -> None:
         self.run, self.n, self.device = run, n, device
-        self.mode: Mode = causal_mode(run.model, "aux")
+        self.shown: str  # the name of the mode in what is written
+        self.mode: Mode
+        self.shown, self.mode = next((n, mode) for n, mode in modes_of(run.model).items() if n != "train")
         self.text = TextTokenizer.load(run.tokenizer, run.vocab)
         self.image, self.network = ImageTokenizer.load(run.tokenizer, device), PictureFeatures()
         held, train = (open_corpus(corpus, split, run.vocab.hash) for split in ("val", "train"))
@@ -188,26 +228,35 @@ class Artist:
             "unigram": unigram_codes(self.train_codes, self.n, seed=0),
             "training": self.train_codes[: self.n],
         }
-        found: dict[str, Any] = {"network": "efficientnet-lite0", "n": self.n, "n_real": len(self.held)}
+        found: dict[str, Any] = {"network": "efficientnet-lite0", "mode": self.shown, "n": self.n}
+        found["n_real"] = len(self.held)
         for name, codes in sets.items():
             value, error = kernel_distance(self.features(codes), real)
             found[name] = {"kid": value, "se": error}
         return found
 
 
-def _maps(run: LoadedRun, layer: SparseFeedForward, by_mode: dict[str, Any]) -> dict[str, Any]:
-    """The maps of every mode with names for experts, modalities and tokens."""
+def _maps(run: LoadedRun, by_mode: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The maps of every mode, per router, with names for modalities and tokens."""
     text = TextTokenizer.load(run.tokenizer, run.vocab)
-    names = expert_names(layer.group_sizes, run.vocab.modalities)
-    maps: dict[str, Any] = {"experts": names, "modalities": list(run.vocab.modalities)}
-    for field in ("share", "image_position", "score"):
-        maps[field] = {mode: found[field] for mode, found in by_mode.items()}
-    maps["grid"] = list(run.vocab.image_grid)
-    maps["top_tokens"] = [
-        [[[_token_name(int(i), run, text), lift] for i, lift in expert] for expert in found]
-        for found in by_mode["train"]["top_tokens"]
-    ]
-    return maps
+    routers = {}
+    for name, first in by_mode["train"].items():
+        routers[name] = {field: first[field] for field in ("columns", "expected")}
+        for field in ("share", "image_position", "score"):
+            routers[name][field] = {mode: found[name][field] for mode, found in by_mode.items()}
+        routers[name]["top_tokens"] = [
+            [[_token_name(int(i), run, text), lift] for i, lift in column] for column in first["top_tokens"]
+        ]
+    return {"modalities": list(run.vocab.modalities), "grid": list(run.vocab.image_grid), "routers": routers}
+
+
+def _states(agreement: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Agreement by kind of states, router and causal rule."""
+    free = {
+        router: {mode: found[router][mode] for mode, found in agreement.items() if mode != "train"}
+        for router in agreement["train"]
+    }
+    return {"training": agreement["train"], "free_running": free}
 
 
 def _token_name(token: int, run: LoadedRun, text: TextTokenizer) -> str:
@@ -223,10 +272,14 @@ def _token_name(token: int, run: LoadedRun, text: TextTokenizer) -> str:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Losses per mode beside the baselines, and the auxiliary routers per layer."""
+    """Losses per mode beside the baselines, and how well the causal rules know the training rule, per router."""
     print(f"{result['run']}, step {result['step']}: {result['micro_batches']} held-out micro-batches, nats per target")
     for mode, loss in result["loss"].items():
-        print(f"  {mode:8} text {loss['loss_text']:.4f}  image {loss['loss_image']:.4f}  all {loss['loss']:.4f}")
+        gap = result["gap"].get(mode)
+        behind = f"  ({gap['loss']:+.4f} to train)" if gap else ""
+        print(
+            f"  {mode:14} text {loss['loss_text']:.4f}  image {loss['loss_image']:.4f}  all {loss['loss']:.4f}{behind}"
+        )
     if found := result.get("pictures"):
         parts = [f"{name} {found[name]['kid']:.4f} +- {found[name]['se']:.4f}" for name in ("generated", "unigram")]
         print(f"  distance of pictures from held-out ones ({found['network']} KID): {', '.join(parts)}")
@@ -235,8 +288,13 @@ def print_table(result: dict[str, Any]) -> None:
         f"  baseline text {found['text_bigram']:.4f} (bigram)  image {found['image_position_unigram']:.4f} "
         f"(unigram per position)"
     )
-    for states, layers in result.get("routing", {}).items():
-        for number, r in enumerate(layers):
-            experts = f"experts per token {r['experts_true']:.3f} true {r['experts_predicted']:.3f} predicted"
-            accuracy = f"accuracy {r['accuracy']:.3f} (majority {r['majority']:.3f}), AUC {r['auc']:.3f}"
-            print(f"  router {number} on {states:12} states: {accuracy}, {experts}")
+    for states, routers in result.get("routing", {}).items():
+        for router, rules in routers.items():
+            for rule, r in rules.items():
+                experts = f"per token {r['experts_true']:.3f} true {r['experts_predicted']:.3f} predicted"
+                area = "" if r["auc"] is None else f", AUC {r['auc']:.3f}"
+                accuracy = f"accuracy {r['accuracy']:.3f} (majority {r['majority']:.3f}){area}"
+                print(f"  router {router} {rule} on {states} states: {accuracy}, {experts}")
+    for target, rows in result.get("error_injection", {}).items():
+        for row in rows:
+            print(f"  errors {row['sigma']:.2%} in {target}: all {row['loss']:.4f} (train)")

@@ -27,7 +27,7 @@ from moma.evaluation.pictures import NamedPicture, named_pictures
 from moma.evaluation.runs import LoadedRun, load_run
 from moma.generation.interleaved import Generation, causal_mode, generate
 from moma.generation.sampling import Sampling
-from moma.model.feed_forward import Mode, SparseFeedForward
+from moma.model.feed_forward import Mode
 from moma.tokenizer.image import ImageTokenizer, open_image
 from moma.tokenizer.text import TextTokenizer
 from moma.tokenizer.vocab import IMAGE_FILES
@@ -100,8 +100,7 @@ def main(composed: Composed) -> int:
         made = {kind: _generate(config, loaded, mode, kind, prompts) for kind in (DRAW, NAME)}
     records = _write_pictures(out, loaded, image if config.write == "png" else None, made[DRAW])
     records += _named(out, text, image if config.write == "png" else None, made[NAME])
-    routed = any(isinstance(b.feed_forward, SparseFeedForward) and b.feed_forward.n_routed for b in loaded.model.blocks)
-    named_mode = mode if routed else "causal"  # without routers the model is causal as it is
+    named_mode = mode if loaded.model.needs_future else "causal"  # the rest is causal as it is
     settings = {
         "run": str(config.run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "mode": named_mode,
         "seed": config.seed, "precision": precision, "samples": config.samples, "text": asdict(config.text),

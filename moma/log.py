@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-# name -> "unit: meaning". {x} stands for one name without a slash. "nats" is per target token.
+# name -> "unit: meaning". {x} stands for one name without a slash; {router}: `3` (experts of layer 3),
+# `3.depth`. "nats" is per target token.
 METRICS = {
     "loss": "nats: training cross-entropy over all targets of the step, without z-loss and auxiliary losses",
     "loss_text": "nats: cross-entropy of text targets, structural tokens (BOI, EOI, EOS) included",
@@ -29,6 +30,8 @@ METRICS = {
     "loss_{modality}": "nats: cross-entropy of the targets of a further modality",
     "z_loss": "weighted: squared log-partition term added to the loss",
     "aux_loss": "nats: binary cross-entropy of the auxiliary routers, per routed token and expert",
+    "balance_loss": "weighted: load-balancing loss of token choice added to the loss, summed over layers and groups",
+    "router_z_loss": "weighted: squared log-partition of token choice added to the loss, summed over layers and groups",
     "grad_norm": "1: global L2 norm of the gradient before clipping",
     "lr": "1: learning rate of the step",
     "tokens": "tokens: consumed by the run so far",
@@ -46,9 +49,14 @@ METRICS = {
     "data/{source}/passes": "epochs: passes over one source so far",
     "data/{source}/tokens": "tokens: taken from one source so far",
     "data/{source}/share": "1: share of one source in the tokens so far",
-    "router/{layer}/unserved_{modality}": "1: share of a modality's tokens that no routed expert computes",
-    "router/{layer}/picks_{modality}": "experts: mean number of routed experts per token of a modality",
-    "router/{layer}/score_{modality}": "1: mean score of the chosen tokens of a modality",
+    "router/{router}/unserved_{modality}": "1: share of a router's tokens of a modality that no expert of it computes",
+    "router/{router}/single_{modality}": "1: share of these tokens that exactly one expert computes",
+    "router/{router}/several_{modality}": "1: share of these tokens that two or more experts compute",
+    "router/{router}/picks_{modality}": "experts: mean number of routed experts per token of a modality",
+    "router/{router}/score_{modality}": "1: mean score of the chosen tokens of a modality",
+    "router/{router}/entropy_{modality}": "1: entropy of the experts' loads over its maximum (1: equal loads)",
+    "router/{router}/dropped_{modality}": "1: share of a modality's choices that a capacity refused",
+    "router/{router}/grad_norm": "1: L2 norm of a main router's gradient before clipping, on the logged step",
     "l1": "1: mean absolute error of reconstructed pixels in [-1, 1] (image tokenizer)",
     "perceptual": "1: distance of picture features (image tokenizer)",
     "quantizer": "weighted: codebook and commitment loss (image tokenizer)",
@@ -60,7 +68,7 @@ METRICS = {
     "psnr/{source}": "dB: held-out reconstructions, per source of pictures (image tokenizer)",
     "usage/{source}": "1: share of the codes used on held-out pictures",
     "perplexity/{source}": "codes: perplexity of the codes of held-out pictures",
-    "aux/{layer}/accuracy": "1: agreement of the auxiliary routers with the training rule",
+    "aux/{router}/accuracy": "1: agreement of the auxiliary routers with the training rule",
 }
 _PATTERN = re.compile("|".join(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name)) for name in sorted(METRICS, key=len)))
 

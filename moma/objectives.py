@@ -1,7 +1,8 @@
-"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail, seed) -> (loss, tallies)`; the loop
-never asks which it is. `seed` is that of routing noise.
+"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail, noise_seed) -> Outcome`; the loop
+never asks which it is.
 
-    next_token     cross-entropy + z_weight * lse^2          all parameters (Chameleon section 2.3)
+    next_token     cross-entropy + z_weight * lse^2 + the routers' own losses      all parameters (Chameleon 2.3)
+                   + aux_weight * BCE of the auxiliary routers, on detached states (joint training)
     aux_routers    BCE of the causal predictors against the training rule's choice; everything else frozen
                    (MoMa section 2.4)
 
@@ -11,7 +12,7 @@ Routing uses the input token's modality, losses are split by the target's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +21,38 @@ from moma.data.batch import Batch
 from moma.modality import IGNORE, Vocabulary, modality_of
 from moma.model.attention import document_mask
 from moma.model.aux_routers import binary_cross_entropy
-from moma.model.feed_forward import Mode, SparseConfig, SparseFeedForward
+from moma.model.feed_forward import UNDISTURBED, Mode, SparseConfig, SparseFeedForward
 from moma.model.loss import TokenLosses, linear_cross_entropy
-from moma.model.routing import RouterStats
-from moma.model.routing.noise import gumbel_noise
+from moma.model.routing import Disturbance, RouterStats, State
+from moma.model.routing.noise import gumbel_noise, gumbel_sigmoid_noise
 from moma.model.transformer import Transformer
 
 Tallies = dict[str, Tensor]
 
 
+class Outcome(NamedTuple):
+    """`loss` to differentiate, tallies to log, and what each router's state needs of the micro-batch."""
+
+    loss: Tensor
+    tallies: Tallies
+    observed: dict[str, State]
+
+
 @dataclass(frozen=True)
 class NextTokenConfig:
-    """Pre-training; `z_weight` as in Chameleon."""
+    """Pre-training; `z_weight` as in Chameleon. `aux_weight` above 0 trains the auxiliary routers along, from detached
+    states and under a clipping of their own: the model is the same to the last bit."""
 
     kind: Literal["next_token"] = "next_token"
     z_weight: float = 1e-5
-    needs_aux_routers = False
+    aux_weight: float = 0.0
+
+    @property
+    def needs_aux_routers(self) -> bool:
+        """Whether the model must have auxiliary routers."""
+        return self.aux_weight > 0
+
+    trains_model = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class AuxRoutersConfig:
 
     kind: Literal["aux_routers"] = "aux_routers"
     needs_aux_routers = True
+    trains_model = False
 
 
 def run_model(
@@ -52,15 +70,11 @@ def run_model(
     denominator: float,
     mode: Mode = "train",
     z_weight: float = 0.0,
-    noise_seed: int | None = None,
-) -> tuple[TokenLosses, list[RouterStats]]:
-    """One forward pass over a micro-batch with its loss head: per-token losses (T,) and every layer's decisions.
-
-    `noise_seed`: seed of the routing noise of a model that is configured with it; None: no noise.
-    """
+    disturbances: list[Disturbance] | None = None,
+) -> tuple[TokenLosses, dict[str, RouterStats]]:
+    """One forward pass over a micro-batch with its loss head: per-token losses (T,) and every router's decisions."""
     mask = document_mask(batch.document_RL)
-    noise_NTE = None if noise_seed is None else routing_noise(model, batch, noise_seed)
-    hidden_RLD, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, mode, None, noise_NTE)
+    hidden_RLD, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, mode, disturbances=disturbances)
     losses = linear_cross_entropy(
         hidden_RLD.flatten(0, 1),
         model.head.weight,
@@ -71,16 +85,27 @@ def run_model(
     return losses, stats
 
 
-def routing_noise(model: Transformer, batch: Batch, seed: int) -> Tensor | None:
-    """The noise of a micro-batch (layers, T, E), or None for a model without noise or without routers."""
-    config, layer = model.feed_forward, model.blocks[0].feed_forward
-    if not isinstance(config, SparseConfig) or config.noise == "none":
+def routing_noise(
+    model: Transformer, micro_batch: int, n_tokens: int, seed: int | None, training: bool
+) -> list[Disturbance] | None:
+    """What the layers of `model` draw for one micro-batch of `n_tokens`; None if nothing.
+
+    `seed` None: no noise on logits; rules that draw in evaluation too (`training` False) then draw with seed 0.
+    """
+    config = model.architecture.feed_forward
+    if not isinstance(config, SparseConfig):
         return None
-    assert isinstance(layer, SparseFeedForward)
-    if not layer.n_routed:
-        return None
-    tokens_RL = batch.tokens_RL
-    return gumbel_noise(seed, batch.number, len(model.blocks), tokens_RL.numel(), layer.n_routed, tokens_RL.device)
+    device, found = model.embedding.weight.device, []
+    for layer, block in enumerate(model.blocks):
+        own, key = block.feed_forward, f"{seed or 0}/{micro_batch}/{layer}"
+        noise_TE = None
+        if isinstance(own, SparseFeedForward) and own.n_routed:
+            if own.rule.draws is not None and own.rule.draws(own.selection, training):
+                noise_TE = gumbel_noise(key, n_tokens, own.n_routed, device)
+            elif config.noise != "none" and training and seed is not None:
+                noise_TE = gumbel_sigmoid_noise(key, n_tokens, own.n_routed, device)
+        found.append(UNDISTURBED if noise_TE is None else Disturbance(noise_TE))
+    return found if any(d.noise_TE is not None for d in found) else None
 
 
 def loss_tallies(losses: TokenLosses, target_T: Tensor, vocab: Vocabulary, z_weight: float = 0.0) -> Tallies:
@@ -93,23 +118,63 @@ def loss_tallies(losses: TokenLosses, target_T: Tensor, vocab: Vocabulary, z_wei
     return tallies | {"z_loss": _tally(losses.z_T * z_weight, present_T)}
 
 
-def router_tallies(stats: list[RouterStats], batch: Batch, vocab: Vocabulary) -> Tallies:
-    """Per layer and modality: share of tokens that no routed expert computes, mean number of experts, mean score."""
+def router_tallies(stats: dict[str, RouterStats], batch: Batch, vocab: Vocabulary) -> Tallies:
+    """Per router and modality: share of its tokens that none, one, several of its experts compute, mean number of
+    experts, mean score, entropy of the experts' loads over its maximum, share of choices that a capacity refused."""
     modality_T = modality_of(batch.tokens_RL.flatten(), vocab)
     tallies: Tallies = {}
-    for layer, s in enumerate(stats):
+    for router, s in stats.items():
         picks_T = s.selected_TE.sum(1)
         for m, name in enumerate(vocab.modalities):
             tokens_T = s.member_TE.any(1) & (modality_T == m)
-            tallies[f"router/{layer}/unserved_{name}"] = _tally((picks_T == 0).float(), tokens_T)
-            tallies[f"router/{layer}/picks_{name}"] = _tally(picks_T.float(), tokens_T)
             chosen_TE = s.selected_TE & tokens_T[:, None]
-            tallies[f"router/{layer}/score_{name}"] = _tally(s.score_TE, chosen_TE)
+            for what, values_T in (
+                ("unserved", picks_T == 0),
+                ("single", picks_T == 1),
+                ("several", picks_T > 1),
+                ("picks", picks_T),
+            ):
+                tallies[f"router/{router}/{what}_{name}"] = _tally(values_T.float(), tokens_T)
+            tallies[f"router/{router}/score_{name}"] = _tally(s.score_TE, chosen_TE)
+            entropy, some = load_entropy(chosen_TE.sum(0), (s.member_TE & tokens_T[:, None]).any(0))
+            tallies[f"router/{router}/entropy_{name}"] = torch.stack([entropy, some])
+            if s.dropped_TE is not None:
+                refused_TE = s.dropped_TE & tokens_T[:, None]
+                tallies[f"router/{router}/dropped_{name}"] = torch.stack(
+                    [refused_TE.sum().float(), (refused_TE | chosen_TE).sum().float()]
+                )
     return tallies
+
+
+def load_entropy(load_E: Tensor, open_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy of a modality's choices over the experts it may go to, as a share of its maximum (1: equal loads), and
+    1, or both 0 where there is no choice or no more than one expert."""
+    share_E = load_E / load_E.sum().clamp(min=1)
+    entropy = -torch.special.xlogy(share_E, share_E).sum()
+    n_open = open_E.sum()
+    some = (n_open > 1) & (load_E.sum() > 0)
+    most = torch.log(n_open.clamp(min=2).float())
+    return torch.where(some, entropy / most, 0.0), some.float()
 
 
 def _tally(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([torch.where(mask, values, 0).sum(dtype=torch.float32), mask.sum()])
+
+
+def _aux_loss(stats: dict[str, RouterStats], detail: bool) -> tuple[Tensor, Tallies]:
+    """Mean BCE over the routers that have predictors."""
+    layers, tallies = [], {}
+    for router, s in stats.items():
+        if s.aux_logit_TE is None:
+            continue
+        assert s.reference_TE is not None
+        layers.append(binary_cross_entropy(s.aux_logit_TE, s.reference_TE, s.member_TE))
+        if detail:
+            agree_TE = (s.aux_logit_TE > 0) == s.reference_TE
+            tallies[f"aux/{router}/accuracy"] = _tally(agree_TE.float(), s.member_TE)
+    loss = torch.stack(layers).mean()
+    tallies["aux_loss"] = torch.stack([loss.detach().float(), torch.ones_like(loss)])
+    return loss, tallies
 
 
 def next_token(
@@ -119,12 +184,27 @@ def next_token(
     denominator: float,
     vocab: Vocabulary,
     detail: bool,
-    seed: int,
-) -> tuple[Tensor, Tallies]:
-    """Loss of one micro-batch, its sum divided by the step's `denominator`; `detail` adds routing statistics."""
-    losses, stats = run_model(model, batch, denominator, "train", config.z_weight, seed)
+    noise_seed: int | None,
+) -> Outcome:
+    """Loss of one micro-batch, its sum divided by the step's `denominator`; `detail` adds routing statistics.
+
+    `noise_seed`: None turns the routers' Gumbel-sigmoid noise off.
+    """
+    disturbances = routing_noise(model, batch.number, batch.tokens_RL.numel(), noise_seed, True)
+    losses, stats = run_model(model, batch, denominator, "train", config.z_weight, disturbances)
     tallies = loss_tallies(losses, batch.target_RL.flatten(), vocab, config.z_weight)
-    return losses.objective, tallies | (router_tallies(stats, batch, vocab) if detail else {})
+    tallies |= router_tallies(stats, batch, vocab) if detail else {}
+    loss, share = losses.objective, batch.n_targets / denominator
+    own: dict[str, Tensor] = {}  # summed over the layers
+    for s in stats.values():
+        own |= {name: own[name] + value if name in own else value for name, value in s.losses.items()}
+    for name, value in own.items():
+        tallies[name] = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+        loss = loss + value * share
+    if config.aux_weight:
+        aux_loss, aux_tallies = _aux_loss(stats, detail)
+        loss, tallies = loss + config.aux_weight * share * aux_loss, tallies | aux_tallies
+    return Outcome(loss, tallies, {router: s.observed for router, s in stats.items()})
 
 
 def aux_routers(
@@ -134,38 +214,38 @@ def aux_routers(
     denominator: float,
     vocab: Vocabulary,
     detail: bool,
-    seed: int,
-) -> tuple[Tensor, Tallies]:
-    """Mean BCE over the layers, weighted by the micro-batch's share of the step's targets."""
+    noise_seed: int | None,
+) -> Outcome:
+    """Mean BCE over the routers, weighted by the micro-batch's share of the step's targets; the model's own routing
+    state stays, only the predictors' cut-offs move."""
     mask = document_mask(batch.document_RL)
     _, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, "train")
-    layers, tallies = [], {}
-    for layer, s in enumerate(stats):
-        assert s.aux_logit_TE is not None
-        layers.append(binary_cross_entropy(s.aux_logit_TE, s.reference_TE, s.member_TE))
-        agree_TE = (s.aux_logit_TE > 0) == s.reference_TE
-        if detail:
-            tallies[f"aux/{layer}/accuracy"] = _tally(agree_TE.float(), s.member_TE)
-    loss = torch.stack(layers).mean()
-    tallies["aux_loss"] = torch.stack([loss.detach().float(), torch.ones_like(loss)])
-    return loss * (batch.n_targets / denominator), tallies
+    loss, tallies = _aux_loss(stats, detail)
+    observed = {
+        router: {"aux_cutoff": s.observed["aux_cutoff"]} for router, s in stats.items() if "aux_cutoff" in s.observed
+    }
+    return Outcome(loss * (batch.n_targets / denominator), tallies, observed)
 
 
-OBJECTIVES: dict[str, tuple[type, Callable[..., tuple[Tensor, Tallies]]]] = {
+OBJECTIVES: dict[str, tuple[type, Callable[..., Outcome]]] = {
     "next_token": (NextTokenConfig, next_token),
     "aux_routers": (AuxRoutersConfig, aux_routers),
 }
 
 
+def is_aux(name: str) -> bool:
+    """Whether this is the name of an auxiliary router's parameter (or of its cut-offs)."""
+    return ".aux." in name or ".routing_aux" in name
+
+
 def freeze_for(config: Any, model: Transformer) -> None:
     """Leave trainable what the objective trains; raises ValueError where the model has nothing of it."""
-    if not config.needs_aux_routers:
+    if config.trains_model:
         return
-    names = [name for name, _ in model.named_parameters() if ".aux." in name]
-    if not names:
+    if not any(is_aux(name) for name, _ in model.named_parameters()):
         raise ValueError(
-            "got a model without learned routers, need one for objective=aux_routers: dense and moe_1t1i have none, "
-            "they are causal as they are"
+            "got a model whose routers need no predictors, need one with expert choice or mixture-of-depths for "
+            "objective=aux_routers: dense, moe_1t1i, token choice and threshold are causal as they are"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".aux." in name)
+        parameter.requires_grad_(is_aux(name))

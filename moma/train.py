@@ -30,15 +30,18 @@ from moma.evaluation import perplexity
 from moma.log import LogConfig, Progress, RunLog
 from moma.meter import Meter
 from moma.modality import Vocabulary
-from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig
+from moma.model.attention import ATTENTIONS, AttentionConfig, SharedAttentionConfig
+from moma.model.depth import DEPTHS, DepthBlock, DepthConfig, FullDepthConfig
+from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig, SparseConfig
 from moma.model.flops import parts_of, totals
-from moma.model.transformer import ModelConfig, Transformer, build_model
-from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for
+from moma.model.routing import State
+from moma.model.transformer import ARCHITECTURE, Architecture, ModelConfig, Transformer, build_model
+from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for, is_aux
 from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
 
 IDENTITY = (
-    "model", "feed_forward", "objective", "data", "optim", "seed", "precision", "init_from", "vocab_hash", "plan",
+    *ARCHITECTURE, "objective", "data", "optim", "seed", "precision", "init_from", "vocab_hash", "plan",
 )  # fmt: skip
 
 
@@ -110,6 +113,8 @@ class TrainConfig:
 
     model: ModelConfig
     feed_forward: FeedForwardConfig = kind_field(FEED_FORWARDS)
+    attention: AttentionConfig = kind_field(ATTENTIONS, default=SharedAttentionConfig(), kw_only=True)
+    depth: FullDepthConfig | DepthConfig = kind_field(DEPTHS, default=FullDepthConfig(), kw_only=True)
     objective: NextTokenConfig | AuxRoutersConfig = kind_field({k: v[0] for k, v in OBJECTIVES.items()})
     data: DataConfig = field(kw_only=True)
     tokenizer: str = field(kw_only=True)  # name of a folder in tokenizers/, or a path
@@ -124,6 +129,10 @@ class TrainConfig:
     run_dir: Path | None = None  # null: runs/ and the choices
     init_from: Path | None = None  # run whose newest checkpoint the parameters start from
 
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture(self.model, self.feed_forward, self.attention, self.depth)
+
 
 def main(composed: Composed) -> int:
     """`moma train`: start or resume a run; returns 0 when it is finished or was asked to stop."""
@@ -133,9 +142,11 @@ def main(composed: Composed) -> int:
 
 
 def default_run_dir(composed: Composed) -> Path:
-    """runs/<data>/<model>-<feed_forward>[-<objective>]-s<init>: derived from the choices, no timestamp."""
+    """runs/<data>/<model>-<feed_forward>[-<attention>][-<depth>][-<objective>]-s<init>: the choices, no timestamp."""
     config, choices = composed.config, composed.choices
     parts = [choices["model"], choices["feed_forward"]]
+    parts += [choices["attention"]] if choices["attention"] != "shared" else []
+    parts += [choices["depth"]] if choices["depth"] != "full" else []
     parts += [choices["objective"]] if choices["objective"] != "next_token" else []
     seed = f"s{config.seed.init}" + (f"d{config.seed.data}" if config.seed.data else "")
     return Path("runs") / choices["data"] / "-".join([*parts, seed])
@@ -165,8 +176,7 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
 
     needs_aux = config.objective.needs_aux_routers
     model = build_model(
-        config.model, config.feed_forward, vocab.size, vocab.modalities,
-        seed=config.seed.init, aux_routers=needs_aux, device=device,
+        config.architecture, vocab.size, vocab.modalities, seed=config.seed.init, aux_routers=needs_aux, device=device
     )  # fmt: skip
     init_step = meta.get("init_step")
     if config.init_from and not newest:
@@ -205,6 +215,8 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         meta.get("window", {}),
         init_step,
         git_state(),
+        noise_seed(config, meta),
+        meta.get("upcycled"),
     )
     run.print_plan(flops, sources, meta.get("step", 0))
     meter = Meter(config.parallel.peak_flops, state=meta.get("meter"))
@@ -216,6 +228,15 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         finally:
             loader.close()
             log.close()
+
+
+def noise_seed(config: TrainConfig, meta: dict[str, Any]) -> int | None:
+    """Seed of the routers' noise, None where the run has none: `upcycled` is for runs that began by upcycling."""
+    sparse = config.feed_forward
+    wanted = isinstance(sparse, SparseConfig) and (
+        sparse.noise == "gumbel" or (sparse.noise == "upcycled" and bool(meta.get("upcycled")))
+    )
+    return config.seed.init if wanted else None
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
@@ -238,7 +259,7 @@ def load_parameters(model: Transformer, run_dir: Path, identity: dict[str, Any],
     newest = checkpoint.latest(run_dir / "checkpoints")
     if newest is None:
         raise ValueError(f"got init_from={run_dir} without a checkpoint, need a trained run: train it first")
-    fields = ("vocab_hash", "model", "feed_forward")
+    fields = ("vocab_hash", *ARCHITECTURE)
     fields += ("data.rows", "data.row_length", "data.images") if new_aux else ()
     changed, _ = config_diff(checkpoint.read_meta(newest)["config"], identity, fields)
     if changed:
@@ -246,10 +267,10 @@ def load_parameters(model: Transformer, run_dir: Path, identity: dict[str, Any],
             f"got init_from={run_dir} of another model ({'; '.join(changed)}), need the same: use its overrides"
         )
     tensors = checkpoint.read_tensors(newest, "model")
-    own = {name for name, _ in model.named_parameters()}
-    missing = sorted(n for n in own - set(tensors) if not (new_aux and ".aux." in n))
-    extra = sorted(set(tensors) - own)
-    shapes = [n for n in own & set(tensors) if model.get_parameter(n).shape != tensors[n].shape]
+    own = model.state_dict()
+    missing = sorted(n for n in own.keys() - tensors.keys() if not (new_aux and is_aux(n)))
+    extra = sorted(tensors.keys() - own.keys())
+    shapes = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     if missing or extra or shapes:
         first = [*missing, *extra, *shapes][0]
         raise ValueError(
@@ -314,6 +335,8 @@ class _Run:
     window: dict[str, list[float]]
     init_step: int | None
     git: dict[str, Any]  # of the code that runs, at its start
+    noise_seed: int | None  # of the routers' noise; None: the run has none
+    upcycled: dict[str, Any] | None  # what `moma upcycle` wrote about the seed
     stop_asked: bool = False
 
     def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog, flops_per_token: float) -> int:
@@ -323,7 +346,10 @@ class _Run:
         units = (config.data.tokens_per_step, flops_per_token)
         eval_every = config.eval.interval and max(1, config.eval.interval.to_steps(*units, self.total))
         save_every = max(1, config.checkpoint.interval.to_steps(*units, self.total))
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        joint = config.objective.trains_model and config.objective.needs_aux_routers
+        aux_parameters = [p for name, p in trained if joint and is_aux(name)]
+        parameters = [p for name, p in trained if not (joint and is_aux(name))]
         progress, data_state = Progress(config.objective.kind, self.total, step), loader.state or {}
         window = {name: torch.tensor(tally, device=self.device) for name, tally in self.window.items()}
         with self._signals():
@@ -336,25 +362,31 @@ class _Run:
                         batch, data_state = next(stream)
                         batches.append(batch.to(self.device))
                 with meter.time("train"):
-                    denominator = sum(batch.n_targets for batch in batches)
+                    denominator, observed = sum(batch.n_targets for batch in batches), {}
                     for batch in batches:
                         with autocast(self.precision, self.device):
-                            loss, tallies = objective(
-                                config.objective, self.model, batch, denominator, self.vocab, logs, config.seed.init
+                            loss, tallies, seen = objective(
+                                config.objective, self.model, batch, denominator, self.vocab, logs, self.noise_seed
                             )
                         loss.backward()
                         _add(window, tallies)
+                        _add_observed(observed, seen, config.data.accumulation)
+                    routers = self._router_gradients() if logs else {}
                     grad_norm = clip_(parameters, config.optim.clip_norm)
+                    if aux_parameters:  # their gradients never change how the model's are clipped
+                        clip_(aux_parameters, config.optim.clip_norm)
                     lr = learning_rate(step, self.total, config.optim, *units)
                     set_learning_rate(self.optimizer, lr)
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
+                    self.model.update_routing(observed)
                 step += 1
                 meter.add(units[0], units[0] * flops_per_token)
                 # -------------------------------------------------------------------------------------------------
                 values: dict[str, float] = {}
                 if logs:
                     values = _means(window) | {"grad_norm": grad_norm.item(), "lr": lr} | meter.rates()
+                    values |= {name: value.item() for name, value in routers.items()}
                     values |= _source_metrics(data_state, loader.plan)
                     if step == self.total:
                         values |= meter.seconds()
@@ -393,6 +425,16 @@ class _Run:
             metrics = perplexity(self.model, batches, self.vocab, "train")
         return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")}
 
+    def _router_gradients(self) -> dict[str, torch.Tensor]:
+        """L2 norm of every main router's gradient before clipping: under post-norm it nearly vanishes for tokens that
+        one expert computes."""
+        found = {}
+        for name, module in self.model.routers().items():
+            router = module.depth_router if isinstance(module, DepthBlock) else module.router
+            if router is not None and router.grad is not None:
+                found[f"router/{name}/grad_norm"] = router.grad.norm()
+        return found
+
     def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog) -> None:
         meta = {
             "config": self.identity,
@@ -408,6 +450,7 @@ class _Run:
             "wandb_id": log.wandb_id,
             "total_steps": self.total,
             "init_step": self.init_step,  # of the run that init_from names
+            "upcycled": self.upcycled,
         }
         state = {
             "model": checkpoint.model_state(self.model),
@@ -458,6 +501,14 @@ class _Run:
 def _add(window: Tallies, tallies: Tallies) -> None:
     for name, tally in tallies.items():
         window[name] = window[name] + tally.detach() if name in window else tally.detach()
+
+
+def _add_observed(total: dict[str, State], seen: dict[str, State], parts: int) -> None:
+    """Add one of `parts` micro-batches to the mean of what the routers observed."""
+    for router, state in seen.items():
+        own = total.setdefault(router, {})
+        for name, values in state.items():
+            own[name] = own[name] + values / parts if name in own else values / parts
 
 
 def _means(window: Tallies) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Shared by every test: one torch thread, small vocabularies, feed-forward variants, made-up micro-batches.
 
-A test that takes the argument `variant` runs once per entry of `VARIANTS`. Micro-batches have exact counts: the
-same number of image (and audio) tokens whatever the seed, hence the same shapes.
+A test that takes the argument `variant` runs once per entry of `VARIANTS`; in a module with LAYERS_ONLY, once per
+entry with a feed-forward of its own. Every selection rule of `SELECTIONS` has its entry. Micro-batches have exact
+counts: the same number of image (and audio) tokens whatever the seed, hence the same shapes.
 """
 
 import os
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 
 from moma.modality import IGNORE, TokenGroups, Vocabulary, exact_groups, padded_groups
-from moma.model.attention import document_mask
+from moma.model.attention import AttentionConfig, SharedAttentionConfig, UntiedAttentionConfig, document_mask
+from moma.model.depth import DepthConfig, FullDepthConfig
 from moma.model.feed_forward import DenseConfig, FeedForwardConfig, SparseConfig
-from moma.model.transformer import ModelConfig, Transformer, build_model
+from moma.model.routing import SELECTIONS
+from moma.model.routing.threshold import ThresholdConfig
+from moma.model.routing.token_choice import TokenChoiceConfig
+from moma.model.transformer import Architecture, ModelConfig, Transformer, build_model
 
 torch.set_num_threads(1)
 
@@ -35,24 +40,63 @@ THREE_MODALITIES = Vocabulary(
 
 @dataclass(frozen=True)
 class Variant:
-    """A feed-forward and the vocabulary whose modalities it names."""
+    """A feed-forward, what else is special about the model, and the vocabulary whose modalities it names."""
 
     feed_forward: FeedForwardConfig
     vocabulary: Vocabulary = VOCABULARY
+    attention: AttentionConfig = SharedAttentionConfig()
+    depth: FullDepthConfig | DepthConfig = FullDepthConfig()
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Experts per group of the first sparse layer; a dense layer is one group of one."""
+        sparse = isinstance(self.feed_forward, SparseConfig)
+        return self.feed_forward.groups(self.vocabulary.modalities) if sparse else {"all": 1}
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        return self.feed_forward.groups(self.vocabulary.modalities)
+        return tuple(self.groups.values())
+
+    @property
+    def n_routed(self) -> int:
+        """Experts behind a router."""
+        return sum(size for size in self.group_sizes if size > 1)
+
+    @property
+    def sees_future(self) -> bool:
+        """Whether its training rule looks at later tokens."""
+        sparse = isinstance(self.feed_forward, SparseConfig) and self.n_routed > 0
+        return isinstance(self.depth, DepthConfig) or (
+            sparse and SELECTIONS[self.feed_forward.selection.kind].alone is None
+        )
 
 
+FOUR_FOUR = {"text": 4, "image": 4}
 VARIANTS = {
     "dense": Variant(DenseConfig()),
     "moe_8x": Variant(SparseConfig({"all": 8})),
     "moe_1t1i": Variant(SparseConfig({"text": 1, "image": 1})),
-    "moe_4t4i": Variant(SparseConfig({"text": 4, "image": 4})),
+    "moe_4t4i": Variant(SparseConfig(FOUR_FOUR)),
     "moe_7t1i": Variant(SparseConfig({"text": 7, "image": 1})),
+    "moe_2t4i_shared": Variant(SparseConfig({"text": 2, "image": 4}, width=0.5, shared=1)),
     "three_modalities": Variant(SparseConfig({"text": 3, "image": 2, "audio": 1}), THREE_MODALITIES),
+    "token_choice_4x": Variant(SparseConfig({"all": 4}, selection=TokenChoiceConfig(k=2, weights="renormalised"))),
+    "threshold": Variant(SparseConfig(FOUR_FOUR, selection=ThresholdConfig(warmup_steps=1, bound=4.0))),
+    "untied_4t4i": Variant(SparseConfig(FOUR_FOUR), attention=UntiedAttentionConfig()),
+    "untied_dense_3": Variant(DenseConfig(), THREE_MODALITIES, attention=UntiedAttentionConfig()),
+    "mod_dense": Variant(DenseConfig(), depth=DepthConfig(capacity=0.5)),
+    "mod_4t4i": Variant(SparseConfig(FOUR_FOUR), depth=DepthConfig(capacity=0.5)),
+    "mod_quota_untied": Variant(
+        SparseConfig({"text": 2, "image": 2}), depth=DepthConfig("mod_quota", 0.5), attention=UntiedAttentionConfig()
+    ),
 }
+VARIANTS |= {
+    kind: Variant(SparseConfig(FOUR_FOUR, selection=rule.config()))
+    for kind, rule in SELECTIONS.items()
+    if kind not in ("expert_choice", *VARIANTS)
+}
+# a layer of its own: what differs in attention or depth alone is the same feed-forward
+LAYERS = {name: v for name, v in VARIANTS.items() if v == Variant(v.feed_forward, v.vocabulary)}
 
 
 class MicroBatch(NamedTuple):
@@ -72,7 +116,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+        cases = LAYERS if getattr(metafunc.module, "LAYERS_ONLY", False) else VARIANTS
+        metafunc.parametrize("variant", cases.values(), ids=cases.keys())
 
 
 @pytest.fixture(scope="session")
@@ -156,8 +201,7 @@ def make_model() -> Callable[..., Transformer]:
         config = ModelConfig(**{"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, **fields})
         vocab = variant.vocabulary
         return build_model(
-            config,
-            variant.feed_forward,
+            Architecture(config, variant.feed_forward, variant.attention, variant.depth),
             vocab.size,
             vocab.modalities,
             seed=seed,
@@ -166,3 +210,21 @@ def make_model() -> Callable[..., Transformer]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def settle() -> Callable[[Transformer, MicroBatch], None]:
+    """`settle(model, batch)`: routing state of one training step on the micro-batch, cut-offs a little off it.
+
+    Exactly there they may lie on a logit that several tokens share up to its last bits (every BOS)."""
+
+    def settled(model: Transformer, batch: MicroBatch) -> None:
+        with torch.no_grad():
+            _, stats = model(batch.tokens_RL, batch.position_RL, batch.mask, batch.groups)
+        model.update_routing({router: s.observed for router, s in stats.items()})
+        generator = torch.Generator().manual_seed(0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("cutoff"):
+                buffer += 0.03 * torch.randn(buffer.shape, generator=generator).to(buffer.dtype)
+
+    return settled

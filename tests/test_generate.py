@@ -110,8 +110,8 @@ def test_a_grid_with_a_missing_picture():
 @pytest.mark.parametrize(
     ("name", "overrides", "text"),
     [
-        ("aux", ["mode=train", "held_out=1"], r"got mode=train for generation, need aux .*objective=aux_routers"),
-        ("base", ["held_out=1"], "got a model without auxiliary routers, need them to generate in mode aux: train"),
+        ("aux", ["mode=train", "held_out=1"], r"got mode=train for generation, need one of aux, .*objective=aux"),
+        ("base", ["held_out=1"], "got a model without auxiliary routers, need them to generate in mode aux: use"),
         ("aux", ["held_out=1", "write=png"], "got write=png but no image tokenizer in .*, need vqgan.json and vqgan"),
         ("aux", ["pictures=[x.png]"], "got pictures to name but no image tokenizer in .*run `moma train_vq`"),
         ("aux", ["held_out=99"], r"got held_out=99, need at most the \d+ names of the val split of .*: lower held_out"),

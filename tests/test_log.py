@@ -45,6 +45,10 @@ def test_unknown_names_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got the metric 'router/1/x/entropy', need one of"):
         log.metrics(0, {"router/1/x/entropy": 1.0})
     log.metrics(0, {name.format_map(AnyName()): 1.0 for name in METRICS})
+    of_routers = ("unserved_text", "single_text", "several_text", "picks_text", "score_text", "entropy_text")
+    of_routers += ("dropped_image", "grad_norm")
+    log.metrics(1, {f"router/{router}/{what}": 1.0 for router in ("3", "3.depth") for what in of_routers})
+    log.metrics(2, {name: 1.0 for name in ("aux/3.depth/accuracy", "aux_loss", "balance_loss", "router_z_loss")})
     log.close()
 
 

@@ -14,6 +14,7 @@ from moma import checkpoint
 from moma.config import compose
 from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
+from moma.objectives import is_aux
 from moma.train import DataConfig, main, validation_batches
 
 
@@ -48,18 +49,20 @@ def lines(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("feed_forward", "precision", "noise"),
+    ("feed_forward", "precision", "more"),
     [
-        ("dense", "fp32", None),
-        ("dense", "bf16", None),
-        ("moe_4t4i", "fp32", "none"),
-        ("moe_4t4i", "bf16", "none"),
-        ("moe_4t4i", "bf16", "gumbel"),
+        ("dense", "fp32", ""),
+        ("dense", "bf16", ""),
+        ("moe_4t4i", "fp32", ""),
+        ("moe_4t4i", "bf16", "feed_forward.noise=gumbel"),
+        ("moe_4t4i", "bf16", "depth=mod objective.aux_weight=1.0"),
+        ("moe_4t4i_threshold", "bf16", "feed_forward.selection.warmup_steps=4 attention=untied"),
+        ("moe_8x_token_choice", "bf16", "feed_forward.selection.bias_rate=0.01"),
+        ("moe_llava_released", "fp32", "depth=mod_quota"),
     ],
 )
-def test_resume_is_bit_identical_to_an_uninterrupted_run(made, tmp_path, feed_forward, precision, noise):
-    overrides = [f"feed_forward={feed_forward}", f"precision={precision}"]
-    overrides += [f"feed_forward.noise={noise}"] if noise else []
+def test_resume_is_bit_identical_to_an_uninterrupted_run(made, tmp_path, feed_forward, precision, more):
+    overrides = [f"feed_forward={feed_forward}", f"precision={precision}", *more.split()]
     overrides += ["checkpoint.interval.steps=3", "checkpoint.keep_last=0"]
     assert main(command(made, tmp_path / "whole", *overrides)) == 0
     assert main(command(made, tmp_path / "cut", *overrides)) == 0
@@ -122,15 +125,53 @@ def test_aux_routers_train_on_frozen_parameters(made, tmp_path):
     main(command(made, tmp_path / "aux", *second))
     base, both = parameters(tmp_path / "base"), parameters(tmp_path / "aux")
     assert all(torch.equal(base[name], both[name]) for name in base)
-    assert {name for name in both if name not in base} == {n for n in both if ".aux." in n} != set()
+    new = both.keys() - base.keys()
+    assert new == {n for n in both if is_aux(n)} and any(".aux." in n for n in new)
+    assert all(both[name].any() for name in new if name.endswith("aux_cutoff"))
     rows = lines(tmp_path / "aux")
     assert rows[-1]["aux_loss"] < rows[0]["aux_loss"]
 
 
-@pytest.mark.parametrize("feed_forward", ["dense", "moe_1t1i"])
+def test_joint_training_of_aux_routers_leaves_the_model_alone(made, tmp_path):
+    """Stop-gradient and a clipping of their own: every other parameter is the same to the last bit."""
+    both = ["depth=mod", "optim.clip_norm=0.1", "feed_forward.noise=gumbel"]
+    main(command(made, tmp_path / "without", *both))
+    main(command(made, tmp_path / "joint", *both, "objective.aux_weight=1.0"))
+    without, joint = parameters(tmp_path / "without"), parameters(tmp_path / "joint")
+    assert all(torch.equal(without[name], joint[name]) for name in without)
+    assert joint.keys() - without.keys() == {n for n in joint if is_aux(n)}
+    rows, plain = lines(tmp_path / "joint"), lines(tmp_path / "without")
+    assert [r["loss"] for r in rows] == [r["loss"] for r in plain] and rows[-1]["aux_loss"] < rows[0]["aux_loss"]
+    assert [r["grad_norm"] for r in rows] == [r["grad_norm"] for r in plain]
+
+
+def test_routing_state_follows_the_training(made, tmp_path):
+    """The checkpoint's cut-offs are the moving average of what the steps observed; evaluation moves nothing."""
+    main(command(made, tmp_path / "run", "feed_forward=moe_4t4i", "eval.interval.steps=2"))
+    state = {n: t for n, t in parameters(tmp_path / "run").items() if "routing_" in n}
+    assert {n.split(".")[-1] for n in state} == {"routing_cutoff", "routing_age"}
+    assert all((t == 8).all() for n, t in state.items() if n.endswith("age"))
+    assert all(t.any() and t.isfinite().all() for t in state.values())
+
+
+def test_router_losses_and_diagnostics_are_logged(made, tmp_path):
+    main(command(made, tmp_path / "run", "feed_forward=moe_8x_token_choice", "depth=mod"))
+    row = lines(tmp_path / "run")[-1]
+    # top-1 of 8 over two layers: alpha times at least about 1 per layer, and the z-loss of small logits
+    assert 0.015 < row["balance_loss"] < 0.1 and 0 < row["router_z_loss"] < 0.1
+    assert row["router/0.depth/picks_text"] + row["router/0.depth/picks_image"] > 0
+    assert row["router/1/single_text"] == 1 and row["router/1/unserved_image"] == row["router/1/several_image"] == 0
+    assert 0 < row["router/1/entropy_text"] <= 1 and row["router/1/grad_norm"] > 0
+    main(command(made, tmp_path / "ec", "feed_forward=moe_4t4i"))
+    row = lines(tmp_path / "ec")[-1]
+    parts = sum(row[f"router/0/{part}_text"] for part in ("unserved", "single", "several"))
+    assert parts == pytest.approx(1) and row["router/0/entropy_text"] == pytest.approx(1)  # equal loads by construction
+
+
+@pytest.mark.parametrize("feed_forward", ["dense", "moe_1t1i", "moe_8x_token_choice", "moe_4t4i_threshold"])
 def test_models_without_routers_have_no_second_stage(made, tmp_path, feed_forward):
     main(command(made, tmp_path / "base", f"feed_forward={feed_forward}"))
-    with pytest.raises(ValueError, match="got a model without learned routers, need one for objective=aux_routers"):
+    with pytest.raises(ValueError, match="got a model whose routers need no predictors, need one with expert ch"):
         main(
             command(made, tmp_path / "aux", f"feed_forward={feed_forward}", "objective=aux_routers",
                     f"init_from={tmp_path / 'base'}")

@@ -17,6 +17,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from moma.analysis import routing_maps
@@ -60,6 +61,13 @@ _FLOP_UNITS = (
     (1e9, "GFLOP"),
     (1.0, "FLOP"),
 )
+_CAUSAL = {  # marker of a held-out loss by causal mode
+    "causal": {"marker": "D", "markersize": 5.5},
+    "aux": {"marker": "D", "markersize": 5.5},
+    "aux_calibrated": {"marker": "s", "markersize": 5},
+    "threshold": {"marker": "^", "markersize": 6.5},
+}
+_OTHER_MODE = {"marker": "*", "markersize": 8}
 _BASELINES = {
     "text": {"text_bigram": "bigram", "text_unigram": "unigram"},
     "image": {"image_position_unigram": "unigram per position"},
@@ -102,7 +110,7 @@ def save(figure: Figure, path: Path, palette: bool = True) -> None:
 
 def loss_curves(runs: Sequence[Run]) -> Figure:
     """Loss per modality over training FLOPs: training (line), held-out during training (circles, mode of
-    training), held-out causal at the end (diamonds), n-gram baselines (dotted)."""
+    training), held-out causal at the end (a marker per mode), n-gram baselines (dotted)."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.35))
         panels = figure.subplots(1, 3)
@@ -120,7 +128,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
             ax.yaxis.grid(True, color=FAINT, linewidth=0.6)
             ax.set_axisbelow(True)
         panels[0].set_ylabel("cross-entropy, nats per target")
-        _loss_key(figure, any(not run.is_dense for run in runs))
+        _loss_key(figure, any(not run.is_dense for run in runs), [mode for run in runs for mode in causal_losses(run)])
         return figure
 
 
@@ -140,10 +148,13 @@ def _loss_panel(
         held = curve(run, f"val_{metric}")
         style: dict[str, Any] = {"color": colour, "linestyle": "none", "zorder": 4, "clip_on": True}
         ax.plot(held.flops / size, held.loss, marker="o", markersize=4, markerfacecolor="white", **style)
-        for losses in causal_losses(run).values():
+        for place, (mode, losses) in enumerate(causal_losses(run).items()):
             if metric in losses:
-                at = run.metrics["flops"][-1] / size
-                ax.plot([at], [losses[metric]], marker="D", markersize=5.5, markeredgecolor="white", **style)
+                at, look = run.metrics["flops"][-1] / size, _CAUSAL.get(mode, _OTHER_MODE)
+                aside = ScaledTranslation(-place / 9, 0, ax.figure.dpi_scale_trans)  # inches: the modes side by side
+                ax.plot(
+                    [at], [losses[metric]], markeredgecolor="white", transform=ax.transData + aside, **look, **style
+                )
                 seen.append(losses[metric])
     top, bottom = (max(seen), min(seen)) if seen else (1.0, 0.0)
     baselines = next((run.eval["baselines"] for run in runs if run.eval and "baselines" in run.eval), {})
@@ -175,39 +186,52 @@ def _end_labels(ax: Axes, ends: Mapping[str, float], palette: Mapping[str, str])
         )  # fmt: skip
 
 
-def _loss_key(figure: Figure, sparse: bool) -> None:
+def _loss_key(figure: Figure, sparse: bool, modes: Sequence[str]) -> None:
     style: dict[str, Any] = {"color": MUTED}
+    by_marker: dict[str, list[str]] = {}
+    for mode in dict.fromkeys(modes or ["causal"]):
+        by_marker.setdefault(_CAUSAL.get(mode, _OTHER_MODE)["marker"], []).append(mode)
+    several = len(by_marker) > 1
     handles = [
-        Line2D([], [], linewidth=1.3, **style, label=f"training, mean over {SMOOTHING:.0%} of dense FLOPs"),
+        Line2D([], [], linewidth=1.3, **style,
+               label="training, smoothed" if several else f"training, mean over {SMOOTHING:.0%} of dense FLOPs"),
         Line2D([], [], marker="o", markersize=4, markerfacecolor="white", linestyle="none", **style,
-               label="held-out, routed as in training" if sparse else "held-out"),
-        Line2D([], [], marker="D", markersize=5, markeredgecolor="white", linestyle="none", **style,
-               label="held-out, causal"),
-        Line2D([], [], linestyle=(0, (1, 2)), linewidth=1, color=INK, label="n-gram baseline"),
+               label="held-out, routed as in training" if several else "held-out, routed as in training" if sparse
+               else "held-out"),
     ]  # fmt: skip
+    for named in by_marker.values():
+        look = _CAUSAL.get(named[0], _OTHER_MODE)
+        label = ", ".join(named) if several else "held-out, causal"
+        handles.append(Line2D([], [], linestyle="none", markeredgecolor="white", **look, **style, label=label))
+    handles.append(Line2D([], [], linestyle=(0, (1, 2)), linewidth=1, color=INK, label="n-gram baseline"))
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 1.0), ncol=4, fontsize=8, labelcolor=MUTED,
-        handletextpad=0.5, columnspacing=1.8, borderaxespad=0.3,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 1.0), ncol=len(handles), fontsize=8,
+        labelcolor=MUTED, handletextpad=0.5, columnspacing=1.1 if several else 1.8, borderaxespad=0.3,
     )  # fmt: skip
 
 
 def expert_shares(maps: dict[str, Any]) -> Figure:
-    """Share of a modality's tokens per layer and expert, a panel per routing mode."""
+    """Share of a modality's tokens per layer and expert, a panel per routing mode, at most two side by side."""
     modes = routing_maps.modes(maps)
     tables = [routing_maps.shares(maps, mode) for mode in modes]
     layers, columns = tables[0].share.shape
+    across, down = min(len(modes), 2), -(-len(modes) // 2)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.34 * layers))
-        panels = figure.subplots(1, len(modes), squeeze=False)[0]
-        height = figure.get_figheight()
-        figure.subplots_adjust(0.065, 0.32 / height, 0.985, 1 - 0.68 / height, wspace=0.1)
-        for ax, mode, table in zip(panels, modes, tables, strict=True):
-            _share_panel(ax, table, narrow=columns * len(modes) > 20)
-            ax.set_title(_mode_title(mode), pad=31)
-            ax.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)] if ax is panels[0] else [])
+        tall = down * (0.68 + 0.34 * layers) + 0.32
+        figure = Figure(figsize=(WIDTH, tall))
+        left, right, between = 0.065, 0.985, 0.03
+        width = (right - left - between * (across - 1)) / across
+        for number, (mode, table) in enumerate(zip(modes, tables, strict=True)):
+            row, column = divmod(number, across)
+            bottom = tall - (row + 1) * (0.68 + 0.34 * layers)
+            place = (left + column * (width + between), bottom / tall, width, 0.34 * layers / tall)
+            ax = figure.add_axes(place)
+            _share_panel(ax, table, narrow=columns * across > 20)
+            ax.set_title(_mode_title(mode, modes), pad=31)
+            ax.set_yticks(range(layers), [f"layer {layer}" for layer in table.layer] if column == 0 else [])
         figure.text(
             0.065,
-            0.1 / height,
+            0.1 / tall,
             "% of the modality's tokens that the expert computes",
             fontsize=8,
             color=MUTED,
@@ -216,11 +240,11 @@ def expert_shares(maps: dict[str, Any]) -> Figure:
 
 
 def _share_panel(ax: Axes, table: routing_maps.Shares, narrow: bool) -> None:
-    """Cells by layer and expert; the equal share has the middle tone, twice it (or more) the darkest."""
+    """Cells by layer and expert; the share by design has the middle tone, twice it (or more) the darkest."""
     layers = len(table.share)
     at, x, previous = [], 0.0, None
-    for expert, modality in table.column:
-        group = (routing_maps.group_of(expert), modality)
+    of_group = [_share_group(expert, modality) for expert, modality in table.column]
+    for group in of_group:
         x += 0.35 if previous not in (None, group) else 0.0
         at.append(x)
         x, previous = x + 1, group
@@ -228,7 +252,9 @@ def _share_panel(ax: Axes, table: routing_maps.Shares, narrow: bool) -> None:
         scale = ramp(_modality_colour(modality))
         for layer in range(layers):
             value = table.share[layer, column]
-            level = min(1.0, float(value / table.fair[column] / 2))
+            if np.isnan(value):  # the layer has no such expert
+                continue
+            level = min(1.0, float(value / table.fair[layer, column] / 2))
             ax.add_patch(
                 Rectangle((left - 0.5, layer - 0.5), 1, 1, facecolor=scale(level), edgecolor="white", linewidth=1.5)
             )
@@ -238,58 +264,70 @@ def _share_panel(ax: Axes, table: routing_maps.Shares, narrow: bool) -> None:
             )  # fmt: skip
     ax.set_xlim(-0.5, at[-1] + 0.5)
     ax.set_ylim(layers - 0.5, -0.5)
-    ax.set_xticks(at, [expert.rsplit(" ", 1)[1] for expert, _ in table.column])
+    names = [modality if "depth" in expert else expert.rsplit(" ", 1)[1] for expert, modality in table.column]
+    ax.set_xticks(at, names)
+    for tick, name in zip(ax.get_xticklabels(), names, strict=True):
+        tick.set_fontsize(8 if name.isdigit() else 6 if narrow else 7)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
     groups: dict[tuple[str, str], list[float]] = {}
-    for (expert, modality), left in zip(table.column, at, strict=True):
-        groups.setdefault((routing_maps.group_of(expert), modality), []).append(left)
+    for group, left in zip(of_group, at, strict=True):
+        groups.setdefault(group, []).append(left)
     for (group, modality), lefts in groups.items():
-        text = f"{group} experts" if group == modality else f"{group} experts, {modality} tokens"
+        text = f"{group} experts" if group == modality else f"{group} experts, {modality} tokens" if modality else group
+        colour = _modality_colour(modality) if modality else MUTED
         ax.annotate(
             text, (float(np.mean(lefts)), 1), (0, 15), xycoords=("data", "axes fraction"),
-            textcoords="offset points", ha="center", fontsize=8, color=_modality_colour(modality),
+            textcoords="offset points", ha="center", fontsize=8, color=colour,
         )  # fmt: skip
 
 
+def _share_group(expert: str, modality: str) -> tuple[str, str]:
+    """Columns that stand together under one name; the columns of depth are named by their modality each."""
+    group = routing_maps.group_of(expert)
+    return (group, "") if group == routing_maps.DEPTH else (group, modality)
+
+
 def expert_places(maps: dict[str, Any]) -> Figure | None:
-    """Where in the picture each image expert looks, per layer and routing mode; None without image experts."""
-    experts = routing_maps.image_experts(maps)
-    if not experts:
-        return None
+    """Where in the picture each image expert looks, per layer and routing mode, at most two modes side by side; None
+    without routers for image tokens."""
     modes = routing_maps.modes(maps)
     tables = [routing_maps.places(maps, mode) for mode in modes]
-    layers = len(tables[0])
+    if not tables or not tables[0].expert:
+        return None
+    layers, n_experts = len(tables[0].layer), len(tables[0].expert)
+    across, down = min(len(modes), 2), -(-len(modes) // 2)
     with matplotlib.rc_context(STYLE):
-        left, right, between = 0.62, 0.12, 0.62
-        block = (WIDTH - left - right - between * len(modes)) / len(modes)
-        block = min(block, 1.05 * len(experts))
-        tall = block * layers / len(experts)
-        height = tall + 1.2
+        left, right, between, head = 0.62, 0.12, 0.62, 0.65
+        block = (WIDTH - left - right - between * across) / across
+        block = min(block, 1.05 * n_experts)
+        tall = block * layers / n_experts
+        height = down * (tall + head) + 0.55
         figure = Figure(figsize=(WIDTH, height))
         scale = ramp(MODALITY["image"]).with_extremes(bad="white")
-        most = max(0.01, max(float(table.max()) for table in tables))
+        most = max(0.01, max(float(np.nanmax(table.place)) for table in tables))
         for number, (mode, table) in enumerate(zip(modes, tables, strict=True)):
-            x = left + number * (block + between)
-            ax = figure.add_axes((x / WIDTH, 0.55 / height, block / WIDTH, tall / height))
-            sheet = routing_maps.mosaic(table)
+            row, column = divmod(number, across)
+            x, y = left + column * (block + between), height - (row + 1) * (tall + head)
+            ax = figure.add_axes((x / WIDTH, y / height, block / WIDTH, tall / height))
+            sheet = routing_maps.mosaic(table.place)
             ax.imshow(sheet, cmap=scale, vmin=0, vmax=most, interpolation="nearest", aspect="auto")
-            ax.set_title(_mode_title(mode), pad=20)
+            ax.set_title(_mode_title(mode, modes), pad=20)
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-            grid_h, grid_w = table.shape[2:]
-            centres_x = [e * (grid_w + 1) + (grid_w - 1) / 2 for e in range(len(experts))]
+            grid_h, grid_w = table.place.shape[2:]
+            centres_x = [e * (grid_w + 1) + (grid_w - 1) / 2 for e in range(n_experts)]
             centres_y = [i * (grid_h + 1) + (grid_h - 1) / 2 for i in range(layers)]
-            names = [maps["experts"][e] for e in experts]
+            names = [name.split()[0] if "depth" in name else name for name in table.expert]
             ax.set_xticks(centres_x, names if len(names) < 6 else [name.split()[-1] for name in names])
             ax.xaxis.tick_top()
-            ax.set_yticks(centres_y, [f"layer {i}" for i in range(layers)] if number == 0 else [])
-            for y, value in zip(centres_y, routing_maps.reliance(table), strict=True):
+            ax.set_yticks(centres_y, [f"layer {i}" for i in table.layer] if column == 0 else [])
+            for at, value in zip(centres_y, routing_maps.reliance(table.place), strict=True):
                 ax.annotate(
-                    f"{value:.0%}", (1, y), (5, 0), xycoords=("axes fraction", "data"),
+                    f"{value:.0%}", (1, at), (5, 0), xycoords=("axes fraction", "data"),
                     textcoords="offset points", va="center", fontsize=8, color=MUTED,
                 )  # fmt: skip
             ax.annotate(
@@ -316,62 +354,91 @@ def _place_key(figure: Figure, scale: Colormap, most: float, left: float, height
     )  # fmt: skip
 
 
-def routers(routing: dict[str, list[dict[str, float]]], colour: str) -> Figure:
-    """Auxiliary routers per layer against their baselines: accuracy, AUC, experts per token."""
+_RULES = {"aux": ("o", 0.62), "aux_calibrated": ("D", 0.35), "threshold": ("^", 1.0)}  # marker, tone of the colour
+
+
+def routers(routing: dict[str, Any], colour: str) -> Figure:
+    """Causal rules per layer against their baselines: accuracy, AUC, experts per token; depth routers in a row of their
+    own. Tones and markers are the rules, filled on states of training routing, hollow and dashed free-running."""
+    found = routing_maps.agreement(routing)
+    names = list(dict.fromkeys(name for entries in found.values() for name in entries))
+    kinds = [(False, [n for n in names if "depth" not in n]), (True, [n for n in names if "depth" in n])]
+    rows = [(depth, own) for depth, own in kinds if own]
+    rules = list(dict.fromkeys(r for entries in found.values() for one in entries.values() for r in one))
+    tone = {rule: ramp(colour)(_RULES.get(rule, ("s", 0.8))[1]) for rule in rules}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.6))
-        panels = figure.subplots(1, 3)
-        figure.subplots_adjust(0.055, 0.165, 0.985, 0.80, wspace=0.22)
-        looks = {"training": {"marker": "o"}, "free_running": {"marker": "s", "markerfacecolor": "white"}}
-        titles = ("Accuracy", "AUC", "Experts per token")
-        for ax, title in zip(panels, titles, strict=True):
-            for states, look in looks.items():
-                entries = routing.get(states, [])
-                x = np.arange(len(entries))
-                key = {"Accuracy": "accuracy", "AUC": "auc"}.get(title, "experts_predicted")
-                ax.plot(x, [_number(e, key) for e in entries], color=colour, linewidth=1.3, markersize=5, **look)
-            _router_reference(ax, title, routing)
-            layers = max((len(entries) for entries in routing.values()), default=0)
-            ax.set_title(title, pad=7)
-            ax.set_xlabel("layer")
-            ax.set_xticks(range(layers))
-            ax.set_xlim(-0.3, max(layers - 0.7, 0.3))
-            ax.yaxis.grid(True, color=FAINT, linewidth=0.6)
-            ax.set_axisbelow(True)
+        tall = 2.1 * max(1, len(rows)) + 0.5
+        figure = Figure(figsize=(WIDTH, tall))
+        grid = figure.subplots(max(1, len(rows)), 3, squeeze=False)
+        figure.subplots_adjust(0.055, 0.43 / tall, 0.985, 1 - 0.52 / tall, wspace=0.22, hspace=0.55)
+        for panels, (depth, own) in zip(grid, rows, strict=False):
+            layers = [routing_maps.layer_of(name) for name in own]
+            titles = {"accuracy": "Accuracy", "auc": "AUC", "experts_predicted": "Experts per token"}
+            if depth:
+                titles = {"accuracy": "Accuracy, depth", "auc": "AUC, depth", "experts_predicted": "Share let in"}
+            for ax, (key, title) in zip(panels, titles.items(), strict=True):
+                for rule in rules:
+                    for states, entries in found.items():
+                        free = states == "free_running"
+                        values = [_number(entries.get(name, {}).get(rule, {}), key) for name in own]
+                        ax.plot(
+                            layers, values, color=tone[rule], linewidth=1.0 if free else 1.3, markersize=5,
+                            marker=_RULES.get(rule, ("s", 0))[0], linestyle="--" if free else "-",
+                            markerfacecolor="white" if free else tone[rule],
+                        )  # fmt: skip
+                _router_reference(ax, key, layers, [_any_rule(found, name) for name in own])
+                ax.set_title(title, pad=7)
+                ax.set_xlabel("layer")
+                ax.set_xticks(layers if len(layers) <= 16 else layers[:: -(-len(layers) // 16)])
+                ax.set_xlim(min(layers) - 0.3, max(max(layers) + 0.3, min(layers) + 0.6))
+                ax.yaxis.grid(True, color=FAINT, linewidth=0.6)
+                ax.set_axisbelow(True)
         handles = [
-            Line2D([], [], color=colour, marker="o", markersize=5, label="states of training routing"),
-            Line2D([], [], color=colour, marker="s", markersize=5, markerfacecolor="white",
-                   label="free-running: states of its own routing"),
-            Line2D([], [], color=INK, linestyle=(0, (1, 2)), linewidth=1.2, label="without a router"),
+            Line2D([], [], color=tone[rule], marker=_RULES.get(rule, ("s", 0))[0], markersize=5, label=rule)
+            for rule in rules
+        ]
+        handles += [
+            Line2D([], [], color=MUTED, marker="o", markersize=5, label="on states of training routing"),
+            Line2D([], [], color=MUTED, marker="o", markersize=5, markerfacecolor="white", linestyle="--",
+                   label="free-running"),
+            Line2D([], [], color=INK, linestyle=(0, (1, 2)), linewidth=1.2, label="reference"),
         ]  # fmt: skip
         figure.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(0.045, 1.0), ncol=3, fontsize=8,
-            labelcolor=MUTED, handletextpad=0.5, columnspacing=1.8, borderaxespad=0.3,
+            handles=handles, loc="upper left", bbox_to_anchor=(0.045, 1.0), ncol=6, fontsize=8,
+            labelcolor=MUTED, handletextpad=0.5, columnspacing=1.5, borderaxespad=0.3,
         )  # fmt: skip
         return figure
 
 
-def _router_reference(ax: Axes, title: str, routing: dict[str, list[dict[str, float]]]) -> None:
-    entries = routing.get("training") or routing.get("free_running") or []
+def _any_rule(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """An entry of a router, training states first: majority and experts_true are the same for every rule."""
+    states = sorted(found, key=lambda one: one != "training")
+    return next((entry for one in states for entry in found[one].get(name, {}).values()), {})
+
+
+def _router_reference(ax: Axes, key: str, layers: Sequence[int], entries: Sequence[Mapping[str, Any]]) -> None:
     style: dict[str, Any] = {"color": INK, "linestyle": (0, (1, 2)), "linewidth": 1.2}
-    x = np.arange(len(entries))
-    if title == "Accuracy":
-        ax.plot(x, [_number(e, "majority") for e in entries], **style)
-        ax.set_ylim(min([0.5, *(_number(e, "majority") - 0.05 for e in entries)]), 1.0)
-        text, y = "majority", _number(entries[0], "majority") if entries else 0.5
-    elif title == "AUC":
+    if key == "auc":
+        low = min([0.5, *(float(line) for one in ax.lines for line in one.get_ydata() if line == line)])
         ax.axhline(0.5, **style)
-        ax.set_ylim(0.45, 1.0)
+        ax.set_ylim(low - 0.05, 1.02)
         text, y = "chance", 0.5
+    elif key == "accuracy":
+        known = [float(line) for one in ax.lines for line in one.get_ydata() if line == line]
+        majority = [_number(entry, "majority") for entry in entries]
+        ax.plot(layers, majority, **style)
+        low = min([0.9, *known, *(value for value in majority if value == value)])
+        ax.set_ylim(low - 0.05, 1.0)
+        text, y = "majority", majority[0]
     else:
-        true = [_number(e, "experts_true") for e in entries]
-        ax.plot(x, true, **style)
-        text, y = "expert choice", true[0] if true else 1.0
+        true = [_number(entry, "experts_true") for entry in entries]
+        ax.plot(layers, true, **style)
+        text, y = "training rule", true[0]
         low, high = ax.get_ylim()
-        ax.set_ylim(min(0, low), max(high, y) * 1.15)
+        ax.set_ylim(min(0, low), max([high, *(value for value in true if value == value)]) * 1.15)
     ax.annotate(
         text,
-        (0.0, y),
+        (layers[0] - 0.2, y),
         (0, 3),
         xycoords="data",
         textcoords="offset points",
@@ -437,10 +504,15 @@ def _modality_colour(modality: str) -> str:
     return MODALITY.get(modality, OTHER_MODALITY)
 
 
-def _mode_title(mode: str) -> str:
-    return {"train": "Expert choice (train: sees the future)", "aux": "Auxiliary routers (aux: causal)"}.get(
-        mode, f"Mode {mode}"
-    )
+def _mode_title(mode: str, modes: Sequence[str]) -> str:
+    titles = {
+        "train": "Training rule (train" + (")" if "causal" in modes else ": sees the future)"),
+        "causal": "Training rule, dropless (causal)",
+        "aux": "Auxiliary routers (aux: causal)",
+        "aux_calibrated": "Auxiliary routers, calibrated (causal)",
+        "threshold": "Moving cut-offs (threshold: causal)",
+    }
+    return titles.get(mode, f"Mode {mode}")
 
 
 def _shorten(text: str, limit: int) -> str:

@@ -1,12 +1,13 @@
 """One study as one file: report.html, with its figures inside, beside them as PNG, and its numbers as JSON.
 
-    verdict (held-out, causal)   eta   curves   pictures, captions   routing maps   routers   cost   commands
+    verdict (held-out, causal)   eta   curves   gaps   pictures, captions   routing maps   routers   cost   commands
 
-The page needs no network and no script, and prints. Every number names its routing mode: `causal` (a model
-without routers), `aux` (auxiliary routers, causal), `train` (expert choice over the micro-batch: sees the
-future). Quality is claimed with at least three paired seeds and an interval that excludes zero; else the page
-says so. Whatever comes out of data (prompts, captions, tokens, paths) is escaped. Refuses generated files
-outside their folder and a page of more than 5 MB.
+The page needs no network and no script, and prints. Every number names its routing mode: `train` (the training rule
+over the micro-batch: expert choice and depth routers see the future), or a causal one: `aux`, `aux_calibrated`
+(auxiliary routers), `threshold` (moving cut-offs), `causal` (a model whose rules are causal, or without routers).
+Quality is claimed with at least three paired seeds and an interval that excludes zero; else the page says so. Whatever
+comes out of data (prompts, captions, tokens, paths) is escaped. Refuses generated files outside their folder and a
+page of more than 5 MB.
 """
 
 import base64
@@ -24,17 +25,19 @@ import PIL
 from PIL import Image
 
 from moma import __version__
-from moma.analysis import figures
+from moma.analysis import figures, routing_maps
 from moma.analysis.fairness import unfair
 from moma.analysis.generations import Generations
 from moma.analysis.runs import Run, with_routers
 from moma.analysis.speedup import (
     HELD_OUT,
+    LOSSES,
     SEEDS_FOR_A_CLAIM,
     SMOOTHING,
     Interval,
     Row,
     Speedup,
+    causal_losses,
     curve,
     held_out,
     speedups,
@@ -45,10 +48,10 @@ MOST_BYTES = 5_000_000
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHARACTERS = 24, 4, 280
 TOP_TOKENS = 6
 _MODES = {
-    "causal": "causal: no routers",
     "aux": "aux: causal, auxiliary routers",
-    "threshold": "threshold: causal, cut-offs",
-    "train": "train: expert choice, sees the future",
+    "aux_calibrated": "aux_calibrated: causal, auxiliary routers with moving cut-offs",
+    "threshold": "threshold: causal, moving cut-offs",
+    "train": "train: routed over the micro-batch, sees the future",
 }
 _KINDS_OF_PICTURES = {
     "generated": "generated, causal",
@@ -85,6 +88,7 @@ def write_report(
             _eta(runs, etas),
             _figure(drawn, "loss", "Loss over training FLOPs", _loss_caption(runs)),
             _losses(runs),
+            _gaps(runs),
             _pictures(runs, generations, drawn),
             _captions(generations),
             _routing(runs, drawn),
@@ -126,7 +130,7 @@ def _draw(runs: Sequence[Run], generations: Sequence[Generations], folder: Path)
     drawn = {"loss": figures.loss_curves(runs)}
     for run in _first_of_each(runs):
         found = run.eval or {}
-        if found.get("maps", {}).get("experts"):
+        if found.get("maps") and routing_maps.routers(found["maps"]):
             drawn[f"shares-{run.variant}"] = figures.expert_shares(found["maps"])
             places = figures.expert_places(found["maps"])
             if places:
@@ -212,12 +216,12 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         banner = f"{least} seeds: no verdict on quality, which needs {SEEDS_FOR_A_CLAIM} paired seeds."
     else:
         banner = f"{least} paired seeds: a model is called better where the 95 % t interval excludes 0."
-    head = ["held-out targets", "baseline", "dense (causal)"]
     parts = [f"<p class=banner>{banner}</p>"]
-    for variant, mode in dict.fromkeys((row.variant, row.mode) for row in rows):
-        own = [row for row in rows if (row.variant, row.mode) == (variant, mode)]
+    for variant in dict.fromkeys(row.variant for row in rows):
+        own = [row for row in rows if row.variant == variant]
         body = [
             [
+                row.mode,
                 row.what,
                 _value(row.baseline),
                 _mark(_value(row.dense), row.lower == "dense"),
@@ -228,13 +232,15 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
             ]
             for row in own
         ]
-        columns = [*head, f"{variant} ({mode})", "difference", "lower", "verdict"]
-        parts.append(_table(columns, body, numbers=(1, 2, 3, 4)))
+        modes = ", ".join(dict.fromkeys(row.mode for row in own))
+        columns = ["routing mode", "held-out targets", "baseline", "dense (causal)", f"{variant} ({modes})"]
+        parts.append(_table([*columns, "difference", "lower", "verdict"], body, numbers=(2, 3, 4, 5)))
     parts.append(
-        "<p class=note>Cross-entropy in nats per target token on held-out documents, lower is better, "
-        "means over seeds; difference = sparse − dense. Both columns are causal: dense has no routers, "
-        "the sparse model routes by its auxiliary routers (aux). Baseline: bigram for text, per-position "
-        "unigram for image codes, fitted on the training split.</p>"
+        "<p class=note>Cross-entropy in nats per target token on held-out documents, lower is better, means over "
+        "seeds; difference = sparse − dense. All columns are causal: dense has no routers, the sparse model is scored "
+        "once in every causal mode that it has (aux, aux_calibrated: auxiliary routers; threshold: moving cut-offs; "
+        "causal: its own rule, dropless). Baseline: bigram for text, per-position unigram for image codes, fitted on "
+        "the training split.</p>"
     )
     return _section("Verdict", "".join(parts) + _warnings(runs))
 
@@ -261,8 +267,8 @@ def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
     note = (
         "η = training FLOPs of dense to its final loss, over those of the sparse model to first reach it "
         f"(paper, section 3.1); both losses smoothed by a trailing mean over {SMOOTHING:.0%} of dense's "
-        "FLOPs. Training losses, routed as in training: those of the sparse model see the future "
-        "(train). Its learning rate has not decayed where the lines cross, so η is rather too low. The "
+        "FLOPs. Training losses, routed as in training (train): those of expert choice and depth routers see the "
+        "future. Its learning rate has not decayed where the lines cross, so η is rather too low. The "
         "FLOPs of the auxiliary routers, trained afterwards, are not in it. Gap: sparse − dense in nats."
     )
     note += f" A window holds {max(lines, 1):.0f} logged lines."
@@ -277,9 +283,8 @@ def _loss_caption(runs: Sequence[Run]) -> str:
     seeds = _count(len({run.seed for run in runs}), "seed")
     return (
         f"Lines: training loss (trailing mean over {SMOOTHING:.0%} of dense's FLOPs), {seeds}. Circles: "
-        "held-out during training; sparse models route as in training (train: sees the future). "
-        "Diamonds: held-out at the end, causal (dense: no routers; sparse: aux). Dotted: n-gram "
-        "baselines on the same held-out targets."
+        "held-out during training; sparse models route as in training (train). Other markers: held-out at the end, "
+        "one per causal mode, side by side. Dotted: n-gram baselines on the same held-out targets."
     )
 
 
@@ -288,7 +293,7 @@ def _losses(runs: Sequence[Run]) -> str:
     for run in runs:
         for mode, loss in (run.eval or {}).get("loss", {}).items():
             body.append(
-                [run.variant, str(run.seed[1]), _MODES.get(mode, mode)]
+                [run.variant, str(run.seed[1]), _mode_name(mode, run)]
                 + [_value(loss.get(key)) for key in HELD_OUT.values()]
                 + [_integer(loss.get("targets"))]
             )
@@ -304,12 +309,60 @@ def _losses(runs: Sequence[Run]) -> str:
     batches = next((run.eval["micro_batches"] for run in runs if run.eval and "micro_batches" in run.eval), None)
     note = (
         f"Nats per target token{f' over {batches} held-out micro-batches' if batches else ''}. Text, "
-        "plain: without structural tokens (begin and end of image, end of document). A number in mode "
-        "train cannot be reached when generating."
+        "plain: without structural tokens (begin and end of image, end of document). A number that sees the future "
+        "cannot be reached when generating."
     )
     return _section(
         "Held-out losses by routing mode", _table(head, body, (3, 4, 5, 6, 7)) + f"<p class=note>{note}</p>"
     )
+
+
+def _gaps(runs: Sequence[Run]) -> str:
+    """What every causal mode loses to the training rule."""
+    body = []
+    for run in runs:
+        losses = (run.eval or {}).get("loss", {})
+        for mode in causal_losses(run) if "train" in losses else ():
+            gap = {key: losses[mode][key] - losses["train"][key] for key in LOSSES.values() if key in losses[mode]}
+            signed = [f"{gap[key]:+.4f}".replace("-", "−") if key in gap else "" for key in LOSSES.values()]
+            body.append([run.variant, str(run.seed[1]), _mode_name(mode, run), *signed])
+    if not body:
+        return ""
+    note = (
+        "Held-out loss of the causal mode minus that of mode train, nats per target token: the price of deciding "
+        "without the future, or without capacities."
+    )
+    table = _table(["model", "seed", "routing mode", *LOSSES], body, (3, 4, 5))
+    return _section("What causal routing costs", f"{table}<p class=note>{note}</p>{_planted(runs)}")
+
+
+def _planted(runs: Sequence[Run]) -> str:
+    """Losses under planted routing errors, where they were asked for."""
+    body = [
+        [run.variant, str(run.seed[1]), target, f"{row['sigma']:.2%}", f"{row.get('realised_rate', 0):.2%}"]
+        + [_value(row.get(key)) for key in LOSSES.values()]
+        for run in runs
+        for target, rows in (run.eval or {}).get("error_injection", {}).items()
+        for row in rows
+    ]
+    if not body:
+        return ""
+    head = ["model", "seed", "errors in", "rate", "realised", *LOSSES]
+    note = (
+        "Held-out losses when each decision of the training rule (train) is turned round with this probability; the "
+        "weights stay the main router's."
+    )
+    return f"<h3>Planted routing errors</h3>{_table(head, body, (3, 4, 5, 6, 7))}<p class=note>{note}</p>"
+
+
+def _mode_name(mode: str, run: Run) -> str:
+    """A mode in words: what `train` and `causal` are depends on the model's rules."""
+    modes = (run.eval or {}).get("loss", {})
+    if mode == "causal":
+        return "causal: its own rule, dropless" if "train" in modes else "causal: no routers"
+    if mode == "train" and "causal" in modes:
+        return "train: its own rule, with its capacity"
+    return _MODES.get(mode, mode)
 
 
 def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: dict[str, Path]) -> str:
@@ -320,7 +373,7 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
         for kind, name in _KINDS_OF_PICTURES.items():
             # What no model made is the same for all: it stands once.
             if found and kind in found and (kind == "generated" or not any(row[1] == name for row in body)):
-                model = run.variant if kind == "generated" else "no model"
+                model = f"{run.variant} ({_drawn_in(run)})" if kind == "generated" else "no model"
                 kid = f"{found[kind]['kid']:.4f} ± {found[kind]['se']:.4f}"
                 body.append([model, name, kid, str(found.get("n", ""))])
     if body:
@@ -333,7 +386,7 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
             f"<p class=note>Kernel inception distance to held-out pictures on {html.escape(network)} "
             "features, lower is better. All pictures come out of the image tokenizer. Training pictures show "
             "what the best model could reach, codes drawn per position what a model without context does. "
-            "Generation is causal (aux for models with routers).</p>"
+            "Generation is causal; its routing mode stands behind the model's name.</p>"
         )
     if "pictures" in drawn:
         total = len({entry["prompt"] for one in generations for entry in one.entries if entry["kind"] == "picture"})
@@ -345,6 +398,12 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
             f"{html.escape(modes)}.</figcaption>"
         )
     return _section("Pictures from names", "".join(parts)) if parts else ""
+
+
+def _drawn_in(run: Run) -> str:
+    """The mode that pictures were drawn in; older files do not say, and had `aux` alone."""
+    found = run.eval or {}
+    return str(found["pictures"].get("mode") or ("aux" if "train" in found.get("loss", {}) else "causal"))
 
 
 def _captions(generations: Sequence[Generations]) -> str:
@@ -382,63 +441,99 @@ def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
             parts.append(
                 f"<h3>{name}: where in the picture image experts look</h3>"
                 + _img(drawn[f"places-{run.variant}"], "share of pictures per place, layer and image expert")
-                + "<figcaption>Each square is the picture's grid of codes. Left: expert choice (train: sees the "
-                "future). Right: auxiliary routers (aux: causal).</figcaption>"
+                + "<figcaption>Each square is the picture's grid of codes, each panel a routing mode.</figcaption>"
             )
         if f"shares-{run.variant}" in drawn:
             parts.append(
                 f"<h3>{name}: how much each expert computes</h3>"
                 + _img(drawn[f"shares-{run.variant}"], "share of tokens per layer and expert")
-                + "<figcaption>Expert choice fixes every expert's load by construction (train); under the auxiliary "
-                "routers it is free (aux).</figcaption>"
+                + "<figcaption>Each panel is a routing mode. Expert choice fixes every expert's load by construction "
+                "(train); under causal rules it is free. Tokens that a depth router keeps from an expert "
+                "count.</figcaption>"
             )
             parts.append(_top_tokens(run.variant, found["maps"]))
+        parts.append(_diagnostics(run))
         if f"routers-{run.variant}" in drawn:
             parts.append(
-                f"<h3>{name}: do the auxiliary routers know what expert choice would do?</h3>"
-                + _img(drawn[f"routers-{run.variant}"], "accuracy, AUC and experts per token per layer")
+                f"<h3>{name}: do causal rules know what the training rule would do?</h3>"
+                + _img(drawn[f"routers-{run.variant}"], "accuracy, AUC and experts per token per layer and rule")
             )
             parts.append(_router_table(found["routing"]))
-    return _section("Routing", "".join(parts)) if parts else ""
+    return _section("Routing", "".join(parts)) if any(parts) else ""
 
 
 def _top_tokens(variant: str, maps: dict[str, Any]) -> str:
     """Tokens by lift, for experts that have any."""
-    layers = maps.get("top_tokens", [])
-    experts = [e for e in range(len(maps["experts"])) if any(e < len(layer) and layer[e] for layer in layers)]
+    found = {name: router for name, router in routing_maps.routers(maps).items() if any(router["top_tokens"])}
+    named = [pair for r in found.values() for pair in zip(r["columns"], r["top_tokens"], strict=True)]
+    experts = list(dict.fromkeys(expert for expert, tokens in named if tokens))
     if not experts:
         return ""
     body = []
-    for number, layer in enumerate(layers):
+    for name, router in found.items():
+        tokens = dict(zip(router["columns"], router["top_tokens"], strict=True))
         cells = []
-        for e in experts:
+        for expert in experts:
             chips = (
                 f"<code title='lift {lift:.2f}'>{html.escape(_visible(str(token)))}</code>"
-                for token, lift in layer[e][:TOP_TOKENS]
+                for token, lift in tokens.get(expert, [])[:TOP_TOKENS]
             )
             cells.append(Html(" ".join(chips)))
-        body.append([str(number), *cells])
+        body.append([name, *cells])
     note = (
         "Tokens with the highest lift: their rate among the expert's tokens, over their rate among all "
         "text tokens. Routing mode train. ␣ is a space, ⏎ a line break."
     )
-    head = ["layer", *(maps["experts"][e] for e in experts)]
+    head = ["router", *experts]
     return (
-        f"<h3>{html.escape(variant)}: what text experts pick</h3><div "
+        f"<h3>{html.escape(variant)}: what routers of text pick</h3><div "
         f"class=tokens>{_table(head, body)}</div><p class=note>{note}</p>"
     )
 
 
-def _router_table(routing: dict[str, list[dict[str, float]]]) -> str:
+def _diagnostics(run: Run) -> str:
+    """What every router does with its tokens, in the mode of training."""
+    found = (run.eval or {}).get("diagnostics", {}).get("train", {})
+    similar = (run.eval or {}).get("specialisation", {})
+    body = []
+    for router, modalities in found.items():
+        for modality, entry in modalities.items():
+            groups = similar.get(router, {})
+            known, chance = entry.get("token_information"), entry.get("token_information_by_chance")
+            body.append(
+                [router, modality, *(_percent(entry.get(key)) for key in ("none", "one", "several"))]
+                + [_value(entry.get("load_entropy"), 3), _percent(entry.get("dropped"))]
+                + [_value(groups.get(modality, groups.get("all")), 3)]
+                + ["" if known is None else f"{known:.3f} ({chance:.3f})"]
+            )
+    if not body:
+        return ""
+    head = ["router", "tokens", "no expert", "one", "several", "load entropy", "dropped", "similarity", "token tells"]
+    note = (
+        "Routing mode train. Shares of the router's tokens that none, one, several of its experts compute. load "
+        "entropy: over its maximum, 1 for equal loads. similarity: mean cosine similarity of the experts' weights, 1 "
+        "right after upcycling. token tells: how far the token's id alone decides the choice, 0 to 1 (in brackets what "
+        "chance would give)."
+    )
+    return (
+        f"<h3>{html.escape(run.variant)}: what routers do with their tokens</h3>"
+        f"{_table(head, body, tuple(range(2, 9)))}<p class=note>{note}</p>"
+    )
+
+
+def _router_table(routing: dict[str, Any]) -> str:
     names = {"training": "training routing", "free_running": "free-running"}
     keys = ("accuracy", "majority", "auc", "precision", "recall", "experts_true", "experts_predicted")
     body = [
-        [str(number), names.get(states, states), *(_value(entry.get(key), 3) for key in keys)]
-        for states, entries in routing.items()
-        for number, entry in enumerate(entries)
+        [router, rule, names.get(states, states), *(_value(entry.get(key), 3) for key in keys)]
+        + [_percent(entry.get("tie_share"))]
+        for states, routers in routing_maps.agreement(routing).items()
+        for router, rules in routers.items()
+        for rule, entry in rules.items()
     ]
     head = [
-        "layer",
+        "router",
+        "rule",
         "states of",
         "accuracy",
         "majority",
@@ -447,14 +542,17 @@ def _router_table(routing: dict[str, list[dict[str, float]]]) -> str:
         "recall",
         "experts true",
         "predicted",
+        "ties",
     ]
     note = (
-        "Per (token, expert) pair. majority: accuracy of the better constant answer. training routing: "
-        "the model routes by expert choice (train). free-running: it routes by its own auxiliary routers "
-        "(aux), and the reference is what expert choice would do on those states. experts: mean per "
-        "token."
+        "Routers: 3 is that of the experts of layer 3, 3.depth its depth router. Per (token, expert) pair, against the "
+        "training rule. majority: accuracy of the better constant answer. AUC: of the raw score, whose cut-offs differ "
+        "between experts. training routing: the model routes by its training rule (train). free-running: it routes by "
+        "the causal rule itself, and the reference is what the training rule would do on those states. experts: mean "
+        "per token. ties: pairs that only the order of the tokens decides, since their score stands on both sides of "
+        "the cut."
     )
-    return _table(head, body, tuple(range(2, 9))) + f"<p class=note>{note}</p>"
+    return _table(head, body, tuple(range(3, 11))) + f"<p class=note>{note}</p>"
 
 
 def _cost(runs: Sequence[Run]) -> str:
@@ -491,8 +589,8 @@ def _cost(runs: Sequence[Run]) -> str:
     ]  # fmt: skip
     note = (
         "active: parameters that one token meets. Training FLOPs are forward and backward. tokens/s: "
-        "median over the run, evaluation and checkpoints left out. Auxiliary routers are trained after "
-        "the model and not counted in η."
+        "median over the run, evaluation and checkpoints left out. Auxiliary routers that are trained after the "
+        "model are not counted in η."
     )
     return _section(
         "Parameters, FLOPs, throughput", _table(head, body, tuple(range(2, 10))) + f"<p class=note>{note}</p>"
@@ -611,6 +709,10 @@ def _value(value: float | None, digits: int = 4) -> str:
 
 def _integer(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _scaled(value: float | None, unit: float, digits: int) -> str:

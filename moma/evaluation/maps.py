@@ -1,21 +1,20 @@
-"""Routing maps: which expert computes what, per layer; by modality, by place in the picture, by token.
+"""Routing maps: which column of a router (expert, or depth) computes what: by modality, by place in the picture, by
+token.
 
 Under expert choice the load of an expert is constant by construction; what differs is *which* tokens it takes: for
 image experts the places of the grid, for text experts the tokens (lift = rate of the token among those taken, over
-its rate among all). Under the causal routers loads differ too.
+its rate among all). Under causal rules loads differ too.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from moma.data.batch import Batch
-from moma.evaluation.baselines import image_positions
-from moma.modality import IMAGE, TEXT, Vocabulary, modality_of
-from moma.model.attention import document_mask
-from moma.model.feed_forward import Mode
+from moma.evaluation.decisions import Decisions
+from moma.modality import IMAGE, TEXT, Vocabulary
+from moma.model.depth import DepthBlock
+from moma.model.feed_forward import SparseFeedForward
 from moma.model.transformer import Transformer
 
 TOP_TOKENS = 12
@@ -23,46 +22,40 @@ MIN_COUNT = 20  # a token must occur this often to have a lift
 
 
 @torch.no_grad()
-def routing_maps(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode) -> dict[str, Any]:
-    """`share` [layer][expert][modality], `image_position` [layer][expert][place], `score` [layer][expert] and
-    `top_tokens` [layer][expert] as [id, lift]; empty lists where the model has no routers."""
-    chosen: list[list[np.ndarray]] = []
-    scores: list[list[np.ndarray]] = []
-    ids, modality, places = [], [], []
-    for batch in batches:
-        mask = document_mask(batch.document_RL)
-        _, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, mode)
-        chosen = chosen or [[] for _ in stats]
-        scores = scores or [[] for _ in stats]
-        for layer, s in enumerate(stats):
-            chosen[layer].append(s.selected_TE.cpu().numpy())
-            scores[layer].append(s.score_TE.float().cpu().numpy())
-        real = batch.document_RL.flatten() >= 0
-        kinds = torch.where(real, modality_of(batch.tokens_RL.flatten(), vocab), -1)
-        ids.append(batch.tokens_RL.flatten().cpu().numpy())
-        modality.append(kinds.cpu().numpy())
-        places.append(image_positions(batch.tokens_RL.cpu().numpy(), vocab).flatten() - 1)
-    id_T, modality_T = np.concatenate(ids), np.concatenate(modality)
-    place_T = np.concatenate(places) % vocab.tokens_per_image
-    layers = [(np.concatenate(c), np.concatenate(s)) for c, s in zip(chosen, scores, strict=True)]
-    kinds = range(len(vocab.modalities))
-    return {
-        "share": [[[_rate(c[:, e], modality_T == m) for m in kinds] for e in range(c.shape[1])] for c, _ in layers],
-        "score": [[_mean(s[c[:, e], e]) for e in range(c.shape[1])] for c, s in layers],
-        "image_position": [
-            [_by_place(c[:, e], modality_T == IMAGE, place_T, vocab.tokens_per_image) for e in range(c.shape[1])]
-            for c, _ in layers
-        ],
-        "top_tokens": [
-            [_lifts(c[:, e], modality_T == TEXT, id_T, vocab.size) for e in range(c.shape[1])] for c, _ in layers
-        ],
-    }  # fmt: skip
+def routing_maps(model: Transformer, decisions: Decisions, vocab: Vocabulary) -> dict[str, dict[str, Any]]:
+    """Per router, lists over its columns: `columns` (names), `expected` (nominal share of the group's tokens), `share`
+    [column][modality], `score` (mean of the chosen), `image_position` [column][place] and `top_tokens` [column] as
+    [id, lift]. Shares are of all tokens, also those that a depth router keeps from an expert."""
+    id_T, modality_T, place_T = (t.numpy() for t in (decisions.id_T, decisions.modality_T, decisions.place_T))
+    image_T, text_T = modality_T == IMAGE, modality_T == TEXT
+    found = {}
+    for name, router in model.routers().items():
+        chosen_TE = decisions.joined(name, "selected_TE").numpy()
+        score_TE = decisions.joined(name, "score_TE").float().numpy()
+        columns, expected = column_names(router, vocab.modalities)
+        every = range(len(columns))
+        found[name] = {
+            "columns": columns,
+            "expected": expected,
+            "share": [[_rate(chosen_TE[:, e], modality_T == m) for m in range(len(vocab.modalities))] for e in every],
+            "score": [_mean(score_TE[chosen_TE[:, e], e]) for e in every],
+            "image_position": [_by_place(chosen_TE[:, e], image_T, place_T, vocab.tokens_per_image) for e in every],
+            "top_tokens": [_lifts(chosen_TE[:, e], text_T, id_T, vocab.size) for e in every],
+        }
+    return found
 
 
-def expert_names(sizes: tuple[int, ...], modalities: tuple[str, ...]) -> list[str]:
-    """Names of the routed experts in the order of the statistics' columns: `text 0`, ..., `image 3`."""
-    names = modalities if len(sizes) > 1 else ("mixed",)
-    return [f"{name} {e}" for name, size in zip(names, sizes, strict=False) if size > 1 for e in range(size)]
+def column_names(router: SparseFeedForward | DepthBlock, modalities: tuple[str, ...]) -> tuple[list[str], list[float]]:
+    """Names of a router's columns, and the share of its group's tokens that each takes by design.
+
+    Experts: `text 0`, ..., `image 3`, or `mixed 0`, ...; depth: `depth`, or `depth text`, `depth image`.
+    """
+    if isinstance(router, DepthBlock):
+        names = [f"depth {name}" for name in modalities] if router.quota else ["depth"]
+        return names, [float(router.capacity)] * len(names)
+    routed = [(group, size) for group, size in router.groups.items() if size > 1]
+    names = [f"{'mixed' if group == 'all' else group} {e}" for group, size in routed for e in range(size)]
+    return names, [float(router.shares[group]) for group, size in routed for _ in range(size)]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from moma.data.batch import Batch
+from moma.evaluation.decisions import evaluation_noise
 from moma.modality import Vocabulary
 from moma.model.feed_forward import Mode
 from moma.model.transformer import Transformer
@@ -15,11 +16,11 @@ from moma.objectives import loss_tallies, run_model
 def perplexity(model: Transformer, batches: Iterable[Batch], vocab: Vocabulary, mode: Mode) -> dict[str, float]:
     """`loss`, `loss_text`, `loss_text_plain`, `loss_image` (nats) and `targets`, over all `batches`.
 
-    `mode="train"` routes by expert choice over each micro-batch, hence sees the future; `aux` is causal.
+    `mode="train"` routes by the training rule over each micro-batch, which may see the future; the others are causal.
     """
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
-        losses, _ = run_model(model, batch, 1.0, mode)
+        losses, _ = run_model(model, batch, 1.0, mode, disturbances=evaluation_noise(model, batch, mode))
         for name, tally in loss_tallies(losses, batch.target_RL.flatten(), vocab).items():
             totals[name] = totals.get(name, 0) + tally.double()
     metrics = {name: (t[0] / t[1].clamp(min=1)).item() for name, t in totals.items() if name != "z_loss"}

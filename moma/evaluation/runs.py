@@ -15,8 +15,7 @@ import torch
 
 from moma import checkpoint
 from moma.modality import Vocabulary
-from moma.model.feed_forward import FEED_FORWARDS
-from moma.model.transformer import ModelConfig, Transformer
+from moma.model.transformer import ARCHITECTURE, Architecture, Transformer
 from moma.objectives import OBJECTIVES
 from moma.schema import build
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
@@ -62,14 +61,13 @@ def load_run(run_dir: Path, device: torch.device | str) -> LoadedRun:
             f"got tokenizer {tokenizer} with hash {vocab.hash}, need the one {newest} was trained with, hash "
             f"{meta['vocab_hash']}: restore that tokenizer, or train again"
         )
-    feed_forward = config["feed_forward"]
+    objective = config["objective"]
     with torch.device("meta"):
         model = Transformer(
-            build(ModelConfig, config["model"], "model"),
-            build(FEED_FORWARDS[feed_forward["kind"]], feed_forward, "feed_forward"),
+            build(Architecture, {name: config[name] for name in ARCHITECTURE}),
             vocab.size,
             vocab.modalities,
-            OBJECTIVES[config["objective"]["kind"]][0].needs_aux_routers,
+            build(OBJECTIVES[objective["kind"]][0], objective, "objective").needs_aux_routers,
         )
     model.to_empty(device=device)
     checkpoint.load(newest, {"model": checkpoint.model_state(model)})

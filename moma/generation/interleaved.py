@@ -22,7 +22,7 @@ models with routers: expert choice sees the future, and here there is none.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,7 @@ from torch import Tensor
 from moma.generation.kv_cache import Decoder
 from moma.generation.sampling import OWN, Sampling, guided, guided_three_way, row_uniforms, sample
 from moma.modality import Vocabulary
-from moma.model.block import Block
-from moma.model.feed_forward import CAUSAL_MODES, Mode, SparseFeedForward
+from moma.model.feed_forward import CAUSAL_MODES, Mode
 from moma.model.transformer import Transformer
 
 Context = Callable[[Sequence[int], Vocabulary], list[int]]
@@ -80,21 +79,22 @@ class _Feed(NamedTuple):
 
 
 def causal_mode(model: Transformer, mode: Mode) -> Mode:
-    """The mode to generate in: `mode`, or `aux` for a model without routers, which is causal anyway.
+    """The mode to generate in: `mode`, or `aux` for a model whose rules are causal anyway.
 
     Raises ValueError for a mode that sees the future, or without the auxiliary routers that `aux` needs.
     """
-    layers = [cast(Block, block).feed_forward for block in model.blocks]
-    routed = [layer for layer in layers if isinstance(layer, SparseFeedForward) and layer.n_routed]
-    if not routed:
+    if not model.needs_future:
         return "aux"
-    remedy = "train the run's causal routers with objective=aux_routers init_from=RUN, and generate from that run"
+    remedy = (
+        "use mode=threshold, or train the run's causal routers with objective=aux_routers init_from=RUN and generate "
+        "from that run"
+    )
     if mode not in CAUSAL_MODES:
         raise ValueError(
-            f"got mode={mode} for generation, need {' or '.join(CAUSAL_MODES)} (expert choice sees the "
+            f"got mode={mode} for generation, need one of {', '.join(CAUSAL_MODES)} (the training rule sees the "
             f"future): {remedy}"
         )
-    if not all(len(layer.aux) for layer in routed):
+    if mode not in model.causal_modes():
         raise ValueError(f"got a model without auxiliary routers, need them to generate in mode {mode}: {remedy}")
     return mode
 

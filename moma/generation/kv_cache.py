@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from moma.modality import Vocabulary, padded_groups
+from moma.model.attention import AttentionMask
 from moma.model.block import Block
+from moma.model.depth import DepthBlock
 from moma.model.feed_forward import Mode
 from moma.model.transformer import Transformer
 
@@ -42,7 +44,33 @@ def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:
         from torchtune.modules import KVCache  # here: importing it takes seconds
     attention, dtype = cast(Block, model.blocks[0]).attention, compute_dtype(model)
     with model.embedding.weight.device:
-        return [KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks]
+        plain = [KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks]
+    return [
+        DepthCache(cache, n_rows, n_slots) if isinstance(block, DepthBlock) else cache
+        for cache, block in zip(plain, model.blocks, strict=True)
+    ]
+
+
+class DepthCache:
+    """A layer's cache that knows which tokens its depth router let in: the others are no keys."""
+
+    def __init__(self, cache: Any, n_rows: int, n_slots: int) -> None:
+        self.cache, self.next_slot = cache, 0
+        device = cache.k_cache.device
+        self.in_RS = torch.zeros(n_rows, n_slots, dtype=torch.bool, device=device)
+        self.slot_S = torch.arange(n_slots, device=device)
+
+    def let_in(self, in_RL: Tensor) -> Tensor:
+        """Note the next tokens, and what this layer's queries may see: bool (R, 1, L, S), themselves always."""
+        start, stop = self.next_slot, self.next_slot + in_RL.shape[1]
+        self.in_RS[:, start:stop] = in_RL
+        self.next_slot = stop
+        itself_LS = self.slot_S == self.slot_S[start:stop, None]
+        return (self.in_RS[:, None] | itself_LS)[:, None]
+
+    def update(self, k_RGLA: Tensor, v_RGLA: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots after the new ones are stored."""
+        return self.cache.update(k_RGLA, v_RGLA)
 
 
 @contextmanager
@@ -86,6 +114,7 @@ class Decoder:
         query_L1 = self.slot_S[start:stop, None]
         mask_RLS = (self.visible_RS[:, None] & (self.slot_S <= query_L1)) | (self.slot_S == query_L1)
         groups = padded_groups(tokens_RL, present_RL, self.vocab)
-        hidden_RLD, _ = self.model(tokens_RL, position_RL, mask_RLS[:, None], groups, self.mode, self.caches)
+        mask = AttentionMask(mask_RLS[:, None])
+        hidden_RLD, _ = self.model(tokens_RL, position_RL, mask, groups, self.mode, self.caches)
         self.next_slot = stop
         return hidden_RLD[:, -1]

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
-from moma.model.attention import Attention
-from moma.model.feed_forward import DenseFeedForward, Mode, SparseFeedForward
-from moma.model.routing import RouterStats
+from moma.model.attention import Attention, AttentionMask
+from moma.model.feed_forward import UNDISTURBED, DenseFeedForward, Mode, SparseFeedForward
+from moma.model.routing import Disturbance, RouterStats
 
 NormOrder = Literal["pre", "swin"]
 
@@ -55,18 +55,35 @@ class Block(nn.Module):
         self,
         x_RLD: Tensor,
         position_RL: Tensor,
-        mask: Any,
+        mask: AttentionMask,
         groups: TokenGroups,
         mode: Mode,
         cache: Any = None,
-        noise_TE: Tensor | None = None,
-    ) -> tuple[Tensor, RouterStats | None]:
-        """One block; the feed-forward sees the R L = T tokens as one flat sequence."""
-        shape = x_RLD.shape
-        if self.norm_order == "swin":
-            h_RLD = x_RLD + self.attention_norm(self.attention(x_RLD, position_RL, mask, cache))
-            y_TD, stats = self.feed_forward(h_RLD.flatten(0, 1), groups, mode, noise_TE)
-            return h_RLD + self.feed_forward_norm(y_TD).view(shape), stats
-        h_RLD = x_RLD + self.attention(self.attention_norm(x_RLD), position_RL, mask, cache)
-        y_TD, stats = self.feed_forward(self.feed_forward_norm(h_RLD).flatten(0, 1), groups, mode, noise_TE)
-        return h_RLD + y_TD.view(shape), stats
+        disturbance: Disturbance = UNDISTURBED,
+    ) -> tuple[Tensor, dict[str, RouterStats]]:
+        """One block; the statistics of its routers by their names, which follow the layer's number."""
+        attended_RLD, fed_RLD, stats = self.updates(x_RLD, position_RL, mask, groups, mode, cache, disturbance)
+        return x_RLD + attended_RLD + fed_RLD, {} if stats is None else {"": stats}
+
+    def updates(
+        self,
+        x_RLD: Tensor,
+        position_RL: Tensor,
+        mask: AttentionMask,
+        groups: TokenGroups,
+        mode: Mode,
+        cache: Any,
+        disturbance: Disturbance,
+    ) -> tuple[Tensor, Tensor, RouterStats | None]:
+        """What attention and feed-forward add to the residual stream, after their norms, and the decisions.
+
+        The feed-forward sees the R L = T tokens as one flat sequence.
+        """
+        swin, shape, reference = self.norm_order == "swin", x_RLD.shape, cache is None
+        a_RLD = self.attention(x_RLD if swin else self.attention_norm(x_RLD), position_RL, mask, groups, cache)
+        a_RLD = self.attention_norm(a_RLD) if swin else a_RLD
+        h_RLD = x_RLD + a_RLD
+        given_RLD = h_RLD if swin else self.feed_forward_norm(h_RLD)
+        y_TD, stats = self.feed_forward(given_RLD.flatten(0, 1), groups, mode, disturbance, reference)
+        y_RLD = (self.feed_forward_norm(y_TD) if swin else y_TD).view(shape)
+        return a_RLD, y_RLD, stats

@@ -1,15 +1,27 @@
 """Stacked SwiGLU experts, and the gather-sum that carries tokens to them and back. Knows no routing.
 
-    y = W2 ( g * silu(x W1) * (x W3) )        weights (E, in, out), W1 and W3 fused: one batched matmul each
+    y = W2 ( g * silu(x W1) * (x W3) )        weights (E, in, out), W1 and W3 fused: one multiplication each
 
-Legend: T tokens, E experts, K slots per expert, S = E K slots, D dim, F hidden width, C columns of a map.
+`Slots` say which token each expert computes, in one of two forms, both with static shapes:
+
+    equal    every expert has K slots, S = E K                      batched matmul
+    ragged   expert e has the slots [ends[e-1], ends[e]), the       grouped matmul over the same S rows; the ends
+             rest of the S slots is empty                           are known on the device only
+
+Empty slots hold zeros on the way in and are left out on the way back. Nobody multiplies the ragged form's empty tail:
+the CPU reads the ends and takes one matmul per expert, a GPU of compute capability 9.0 or more leaves them where they
+are (bf16), and other GPUs or dtypes pay a synchronisation for them.
+
+Legend: T tokens, N rows of one group, E experts, K slots per expert, S slots of all experts, D dim, F hidden width,
+C columns of a map.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 
 def gather_sum(x_ID: Tensor, index_OC: Tensor) -> Tensor:
@@ -61,10 +73,155 @@ def slots_of_tokens(token_EK: Tensor, n_tokens: int) -> Tensor:
     """Inverse map int64 (T, E): the slot e K + k that expert e gave to token t, or -1. `token_EK` is -1 when empty."""
     n_experts, k = token_EK.shape
     slot_EK = torch.arange(n_experts * k, device=token_EK.device).view(n_experts, k)
-    # row T collects the empty slots and is cut off; all other targets are distinct
-    row_EK = torch.where(token_EK >= 0, token_EK, n_tokens)
-    slots_ET = torch.full((n_experts, n_tokens + 1), -1, dtype=torch.int64, device=token_EK.device)
-    return slots_ET.scatter(1, row_EK, slot_EK)[:, :n_tokens].T
+    return _inverse(token_EK, slot_EK, token_EK >= 0, n_tokens)
+
+
+def _inverse(token_EI: Tensor, slot_EI: Tensor, live_EI: Tensor, n_tokens: int) -> Tensor:
+    """(T, E): the slot of each token's live entry in the row of expert e, or -1."""
+    # column T collects what is not live and is cut off; all other targets are distinct
+    column_EI = torch.where(live_EI, token_EI, n_tokens)
+    slots_ET = torch.full((len(token_EI), n_tokens + 1), -1, dtype=torch.int64, device=token_EI.device)
+    return slots_ET.scatter(1, column_EI, slot_EI)[:, :n_tokens].T
+
+
+class Slots(NamedTuple):
+    """Which token each of S slots computes, and the way back; see the module docstring for the two forms."""
+
+    token_S: Tensor  # int64, flat token of each slot, -1: empty
+    gate_S: Tensor | None  # weight of each slot's output, 0 in empty slots; None: all 1
+    slots_TC: Tensor  # int64, the inverse: the slot of token t in column c, or -1
+    ends_E: Tensor | None  # int32, where expert e's slots end (ragged form); None: S / E slots each (equal form)
+
+
+def equal_slots(token_EK: Tensor, gate_EK: Tensor | None, n_tokens: int) -> Slots:
+    """Slots of experts that take K tokens each: flat `token_EK` (-1: empty) and their weights, out of T tokens."""
+    live_EK = token_EK >= 0
+    # whatever stands in an empty slot's gate, even NaN, must not reach a product
+    gate_S = None if gate_EK is None else torch.where(live_EK, gate_EK, 0).reshape(-1)
+    return Slots(token_EK.reshape(-1), gate_S, slots_of_tokens(token_EK, n_tokens), None)
+
+
+def ragged_slots(selected_NE: Tensor, gate_NE: Tensor | None, bound: int, index_N: Tensor, n_tokens: int) -> Slots:
+    """Slots of the pairs of a mask: bool (N, E) and the weights there, for the rows' flat tokens `index_N` out of T.
+
+    S = `bound` slots in the order (expert, row); static shapes, cost linear in N E, no sort. The caller must know that
+    no more than `bound` pairs are selected: those beyond it would be cut off. An expert must not select two rows of
+    the same token; rows that nobody selects may repeat one (as in padding).
+    """
+    n_rows, n_experts = selected_NE.shape
+    selected_EN = selected_NE.T
+    place_EN = selected_EN.reshape(-1).cumsum(0).view(n_experts, n_rows) - 1
+    live_EN = selected_EN & (place_EN < bound)
+    # slot `bound` collects the other pairs and is cut off; all other targets are distinct
+    slot_EN = torch.where(live_EN, place_EN, bound)
+    token_EN = index_N.expand(n_experts, n_rows)
+
+    def compact(values_EN: Tensor, empty: int) -> Tensor:  # scatter, so that its gradient is a gather
+        room = values_EN.new_full((bound + 1,), empty)
+        return room.scatter(0, slot_EN.reshape(-1), values_EN.reshape(-1))[:bound]
+
+    ends_E = selected_NE.sum(0).cumsum(0).clamp(max=bound).to(torch.int32)
+    gate_S = None if gate_NE is None else compact(gate_NE.T, 0)
+    return Slots(compact(token_EN, -1), gate_S, _inverse(token_EN, slot_EN, live_EN, n_tokens), ends_E)
+
+
+def grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows [ends[e-1], ends[e]) of x times w[e], exact zeros from ends[-1] on: (S, F). `ends_E` is int32, ascending.
+
+    Differentiable once, deterministic, casts under autocast as `bmm` does. bf16 on CUDA takes torch's `grouped_mm`
+    (D and F multiples of 8; needs no host synchronisation from compute capability 9.0 on); everything else takes one
+    matmul per expert, for which the ends are read on the host.
+    """
+    return _grouped_matmul(_autocast(x_SD), _autocast(w_EDF), ends_E)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast does to the operands of a matmul: it leaves float64 alone, and the meta device has none."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+@torch.library.custom_op("moma::grouped_matmul", mutates_args=())
+def _grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    if _has_kernel(x_SD, w_EDF.shape[2]):
+        return _kernel_matmul(x_SD, w_EDF, ends_E)
+    ends = ends_E.tolist()
+    y_SF = x_SD.new_empty(x_SD.shape[0], w_EDF.shape[2])
+    *own, tail_SF = y_SF.tensor_split(ends)
+    for x_ND, w_DF, y_NF in zip(x_SD.tensor_split(ends)[:-1], w_EDF, own, strict=True):
+        torch.mm(x_ND, w_DF, out=y_NF)
+    tail_SF.zero_()
+    return y_SF
+
+
+@torch.library.custom_op("moma::grouped_outer", mutates_args=())
+def _grouped_outer(x_SD: Tensor, y_SF: Tensor, ends_E: Tensor) -> Tensor:
+    """x^T y over each expert's rows, exact zeros for an expert without any: (E, D, F). The gradient of the weights."""
+    if _has_kernel(x_SD, y_SF.shape[1]):
+        return _kernel_outer(x_SD, y_SF, ends_E)
+    ends = ends_E.tolist()
+    w_EDF = x_SD.new_empty(len(ends), x_SD.shape[1], y_SF.shape[1])
+    parts = zip(x_SD.tensor_split(ends)[:-1], y_SF.tensor_split(ends)[:-1], w_EDF, strict=True)
+    for x_ND, y_NF, w_DF in parts:
+        torch.mm(x_ND.T, y_NF, out=w_DF)  # without rows: zeros
+    return w_EDF
+
+
+def _has_kernel(x_SD: Tensor, n_columns: int) -> bool:
+    """Whether `grouped_mm` takes these operands: bf16 on CUDA, every row a multiple of 16 bytes."""
+    aligned = x_SD.shape[1] % 8 == 0 and n_columns % 8 == 0 and x_SD.shape[0] > 0
+    return x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and aligned
+
+
+def _kernel_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """The grouped matmul by torch's kernel, which leaves the rows from ends[-1] on undefined: (S, F)."""
+    y_SF = F.grouped_mm(x_SD.contiguous(), w_EDF, offs=ends_E)
+    tail_S = torch.arange(len(y_SF), device=ends_E.device) >= ends_E[-1]
+    return y_SF.masked_fill_(tail_S[:, None], 0)
+
+
+def _kernel_outer(x_SD: Tensor, y_SF: Tensor, ends_E: Tensor) -> Tensor:
+    """The weights' gradient by torch's kernel: (E, D, F).
+
+    An expert without rows gets anything from it on some GPUs (pytorch issue 172439).
+    """
+    w_EDF = F.grouped_mm(x_SD.contiguous().T, y_SF.contiguous(), offs=ends_E)
+    empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+    return w_EDF.masked_fill_(empty_E[:, None, None], 0)
+
+
+@_grouped_matmul.register_fake
+def _(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_SD.new_empty(x_SD.shape[0], w_EDF.shape[2])
+
+
+@_grouped_outer.register_fake
+def _(x_SD: Tensor, y_SF: Tensor, ends_E: Tensor) -> Tensor:
+    return x_SD.new_empty(ends_E.shape[0], x_SD.shape[1], y_SF.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x_SD, w_EDF, ends_E = inputs
+    needs_x, needs_w = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x_SD if needs_w else None, w_EDF if needs_x else None, ends_E)
+
+
+def _backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_SD, w_EDF, ends_E = ctx.saved_tensors
+    dx_SD = None if w_EDF is None else _grouped_matmul(grad_SF, w_EDF.mT, ends_E)
+    dw_EDF = None if x_SD is None else _grouped_outer(x_SD, grad_SF, ends_E)
+    return dx_SD, dw_EDF, None
+
+
+_grouped_matmul.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula([torch.ops.moma.grouped_matmul, torch.ops.moma.grouped_outer])
+def _grouped_flops(x_shape: Any, other_shape: Any, *_: Any, **__: Any) -> int:
+    """2 S D F: all S slots count, a bound, because how many are filled is known on the device only."""
+    return 2 * x_shape[0] * x_shape[1] * other_shape[-1]
 
 
 class Experts(nn.Module):
@@ -78,20 +235,23 @@ class Experts(nn.Module):
 
     def forward(self, x_EKD: Tensor, gate_EK: Tensor | None = None) -> Tensor:
         """(E, K, D) -> (E, K, D), each row scaled by its gate (folded into the activation)."""
-        return _swiglu(x_EKD, self.w13, self.w2, gate_EK)
+        if self.n_experts == 1:  # a plain matmul: the same numbers, and the dense twin's own kernel
+            gate_K = None if gate_EK is None else gate_EK[0]
+            return (_gated(x_EKD[0] @ self.w13[0], gate_K) @ self.w2[0])[None]
+        return torch.bmm(_gated(torch.bmm(x_EKD, self.w13), gate_EK), self.w2)
 
-    def one(self, expert: int, x_ND: Tensor, gate_N: Tensor | None) -> Tensor:
-        """A single expert on N rows: (N, D)."""
-        gate = None if gate_N is None else gate_N[None]
-        weights = self.w13[expert : expert + 1], self.w2[expert : expert + 1]
-        return _swiglu(x_ND[None], *weights, gate)[0]
-
-
-def _swiglu(x_EKD: Tensor, w13_EDF: Tensor, w2_EFD: Tensor, gate_EK: Tensor | None) -> Tensor:
-    if x_EKD.shape[0] == 1:  # a plain matmul: the same numbers, and the dense twin's own kernel
-        gate_K = None if gate_EK is None else gate_EK[0]
-        return (_gated(x_EKD[0] @ w13_EDF[0], gate_K) @ w2_EFD[0])[None]
-    return torch.bmm(_gated(torch.bmm(x_EKD, w13_EDF), gate_EK), w2_EFD)
+    def run(self, x_TD: Tensor, slots: Slots) -> Tensor:
+        """(T, D) -> (T, D): the sum of each token's slots, an exact zero for a token that has none."""
+        token_S, gate_S, slots_TC, ends_E = slots
+        x_SD = dispatch(x_TD, token_S, slots_TC)
+        if ends_E is None:
+            shape_EK = (self.n_experts, len(token_S) // self.n_experts)
+            gate_EK = None if gate_S is None else gate_S.view(shape_EK)
+            y_SD = self(x_SD.view(*shape_EK, self.dim), gate_EK).flatten(0, 1)
+        else:
+            activation_SF = _gated(grouped_matmul(x_SD, self.w13, ends_E), gate_S)
+            y_SD = grouped_matmul(activation_SF, self.w2, ends_E)
+        return combine(y_SD, slots_TC, token_S)
 
 
 def _gated(h: Tensor, gate: Tensor | None) -> Tensor:

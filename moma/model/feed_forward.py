@@ -1,37 +1,50 @@
-"""Feed-forwards: dense, and ONE sparse layer = partition (all | modality) x selection rule.
+"""Feed-forwards: dense, and ONE sparse layer = partition (all | modality) x selection rule x optional shared experts.
 
-    y = sum over the experts that computed x of  g_e(x) FFN_e(x)      g = sigmoid(x W_g)     (MoMa Eq. 1)
+    y = sum over the experts that computed x of  g_e(x) FFN_e(x)   +   sum over shared experts of FFN_s(x)
 
 `moe_8x` is the partition `all` with 8 experts; `moe_{m}t{n}i` (MoMa) is the partition `modality`, whose first,
-deterministic routing stage is the modality of the input token. A group of one expert is a plain feed-forward:
-no router, gate 1. Tokens nobody chose get an exact zero.
+deterministic routing stage is the modality of the input token. A group of one expert is a plain feed-forward: no
+router, gate 1. Tokens nobody chose get an exact zero (beside the shared experts). The rules are in `routing/`.
 
 Keystone: a micro-batch holds exactly Q images, so group sizes and capacities are constants, and a layer is
 gather -> batched matmul -> gather-sum with static shapes. The index sets (`TokenGroups`) come from the batcher,
 once per micro-batch, shared by all layers. Data pipeline and router are one design.
 
-Modes: `train` (the selection rule over the micro-batch: sees the future) and `aux` (auxiliary routers: causal,
-dropless, so a token's result depends on its own past alone; data-dependent shapes, for inference only).
+Modes: `train` is the selection rule over the micro-batch; expert choice sees the future. The others are causal: a
+token's experts depend on its own state alone, nothing is dropped, shapes depend on the data (inference only).
 
-Legend: T tokens, N tokens of one group, E routed experts of the layer (all groups), K slots per expert, D dim.
+    aux               auxiliary routers, chosen above probability 0.5 (MoMa section 2.4)
+    aux_calibrated    auxiliary routers, chosen above the cut-off at which they take as many tokens as the rule does
+    threshold         the main router's logit above its moving cut-off
+
+A rule that needs no other token (token choice, expert threshold) decides by itself in every causal mode.
+
+Legend: T tokens, N tokens of one group, E routed experts of the layer (all groups), D dim.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
 from moma.model.aux_routers import AuxRouter
-from moma.model.experts import Experts, combine, dispatch, slots_of_tokens
+from moma.model.experts import Experts, Slots, combine, equal_slots, ragged_slots
 from moma.model.precision import full_precision
-from moma.model.routing import SELECTIONS, RouterStats
+from moma.model.routing import SELECTIONS, Choice, Disturbance, Group, RouterStats, State
+from moma.model.routing.cutoff import cutoff_of, falling, moving_average
 from moma.model.routing.expert_choice import ExpertChoiceConfig
 from moma.schema import kind_field
 
-Mode = Literal["train", "aux"]
-CAUSAL_MODES = ("aux",)
+Mode = Literal["train", "aux", "aux_calibrated", "threshold"]
+CAUSAL_MODES = ("aux", "aux_calibrated", "threshold")
+AUX_MODES = ("aux", "aux_calibrated")
+AUX_DECAY = 0.99  # of the auxiliary routers' moving cut-offs
+UNDISTURBED = Disturbance()
+SelectionConfig = Any  # the config of one of SELECTIONS
 
 
 @dataclass(frozen=True)
@@ -40,33 +53,73 @@ class DenseConfig:
 
     kind: Literal["dense"] = "dense"
 
-    def groups(self, modalities: tuple[str, ...]) -> tuple[int, ...]:
-        """Experts per group of the partition: one group, one expert."""
-        return (1,)
-
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """A sparse layer: `experts` per modality name, or `all: n` for one mixed group."""
+    """Sparse layers: `experts` per modality name, or `all: n` for one mixed group; a list gives one number per sparse
+    layer.
 
-    experts: dict[str, int]
+    `layers`: which are sparse (interval: 0, 2, 4, ...), the others are dense. `width`: of an expert, as a share of the
+    dense SwiGLU's. `shared`: experts of that width which compute every token. `noise` on the routers' logits exists in
+    pre-training only; `upcycled`: only in a run that `moma upcycle` began.
+    """
+
+    experts: dict[str, int | tuple[int, ...]]
     kind: Literal["sparse"] = "sparse"
-    noise: Literal["none", "gumbel"] = "none"  # on the routers' logits, in pre-training only
-    selection: ExpertChoiceConfig = kind_field(
+    layers: Literal["all", "interval", "first_half", "second_half"] | tuple[int, ...] = "all"
+    width: float = 1.0
+    shared: int = 0
+    noise: Literal["none", "gumbel", "upcycled"] = "none"
+    selection: SelectionConfig = kind_field(
         {name: rule.config for name, rule in SELECTIONS.items()}, default_factory=ExpertChoiceConfig
     )
 
-    def groups(self, modalities: tuple[str, ...]) -> tuple[int, ...]:
-        """Experts per group, in the order of `modalities`; raises ValueError where the names do not match."""
+    def __post_init__(self) -> None:
+        if self.width <= 0 or self.shared < 0:
+            raise ValueError(f"got width={self.width} and shared={self.shared}, need width > 0 and shared >= 0")
+        if self.noise != "none" and SELECTIONS[self.selection.kind].draws:
+            raise ValueError(
+                f"got noise={self.noise} for selection.kind={self.selection.kind}, need noise=none: Gumbel-sigmoid "
+                "noise is for sigmoid routers, token choice draws its own (second_choice)"
+            )
+
+    def sparse_layers(self, n_layers: int) -> tuple[int, ...]:
+        """Numbers of the sparse layers, from 0; raises ValueError for one that does not exist."""
+        named = {
+            "all": range(n_layers),
+            "interval": range(0, n_layers, 2),
+            "first_half": range(n_layers // 2),
+            "second_half": range(n_layers // 2, n_layers),
+        }
+        chosen = tuple(named[self.layers]) if isinstance(self.layers, str) else self.layers
+        if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= min(chosen) <= max(chosen) < n_layers:
+            raise ValueError(
+                f"got feed_forward.layers={self.layers}, need rising layer numbers from 0 to {n_layers - 1}: change it"
+            )
+        return chosen
+
+    def groups(self, modalities: tuple[str, ...], place: int = 0) -> dict[str, int]:
+        """Experts per group of the `place`-th sparse layer, in the order of `modalities`.
+
+        Raises ValueError where the names or the number of list entries do not match.
+        """
         need = ("all",) if "all" in self.experts else modalities
         if set(self.experts) != set(need):
             raise ValueError(
                 f"got feed_forward.experts for {sorted(self.experts)}, need exactly {list(need)}: "
                 "give a number per modality of the vocabulary, or `all` alone"
             )
-        if min(self.experts.values()) < 1:
+        sizes = {}
+        for name in need:
+            wanted = self.experts[name]
+            if isinstance(wanted, tuple) and place >= len(wanted):
+                raise ValueError(
+                    f"got {len(wanted)} entries in feed_forward.experts.{name}, need one per sparse layer: add some"
+                )
+            sizes[name] = wanted[place] if isinstance(wanted, tuple) else wanted
+        if min(sizes.values()) < 1:
             raise ValueError(f"got feed_forward.experts={self.experts}, need at least 1 in every group")
-        return tuple(self.experts[name] for name in need)
+        return sizes
 
 
 FEED_FORWARDS = {"dense": DenseConfig, "sparse": SparseConfig}
@@ -76,158 +129,262 @@ FeedForwardConfig = DenseConfig | SparseConfig
 class DenseFeedForward(nn.Module):
     """The dense baseline: `Experts` with E = 1, so that it shares its numerics with every sparse layer."""
 
-    n_routed = 0
-
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.experts = nn.ModuleList([Experts(1, dim, hidden_dim)])
 
     def forward(
-        self, x_TD: Tensor, groups: TokenGroups, mode: Mode, noise_TE: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        groups: TokenGroups,
+        mode: Mode,
+        disturbance: Disturbance = UNDISTURBED,
+        reference: bool = True,
     ) -> tuple[Tensor, None]:
-        """(T, D) -> (T, D); groups, mode and noise make no difference."""
+        """(T, D) -> (T, D); the other arguments make no difference."""
         return self.experts[0](x_TD[None])[0], None
 
 
 class SparseFeedForward(nn.Module):
     """Groups of experts with a router per group; see the module docstring.
 
-    `group_sizes`: experts per group, one entry for the partition `all`, else one per modality.
+    `groups`: experts per group, `{"all": n}`, else one entry per modality in their order.
     """
 
     def __init__(
         self,
         dim: int,
         hidden_dim: int,
-        group_sizes: tuple[int, ...],
-        selection: ExpertChoiceConfig,
+        groups: dict[str, int],
+        selection: SelectionConfig,
         aux_routers: bool,
+        shared: int = 0,
     ) -> None:
         super().__init__()
-        self.group_sizes, self.dim = group_sizes, dim
-        self.n_routed = sum(size for size in group_sizes if size > 1)
-        self.rule = SELECTIONS[selection.kind]
-        self.shares = tuple(self.rule.share(selection.capacity_factor, size) for size in group_sizes)
-        self.experts = nn.ModuleList(Experts(size, dim, hidden_dim) for size in group_sizes)
+        self.groups, self.selection, self.rule = groups, selection, SELECTIONS[selection.kind]
+        self.n_routed = sum(size for size in groups.values() if size > 1)
+        self.shares = {name: self.rule.share(selection, name, size) for name, size in groups.items() if size > 1}
+        self.experts = nn.ModuleList(Experts(size, dim, hidden_dim) for size in groups.values())
+        self.shared = Experts(1, dim, shared * hidden_dim) if shared else None
         # one projection for all groups: the routers W_g of Eq. 1 side by side
         self.router = nn.Parameter(torch.empty(dim, self.n_routed)) if self.n_routed else None
-        self.aux = nn.ModuleList(AuxRouter(dim, size) for size in group_sizes if size > 1 and aux_routers)
+        aux_routers = aux_routers and self.rule.alone is None
+        self.aux = nn.ModuleList(AuxRouter(dim, size) for size in groups.values() if size > 1 and aux_routers)
+        self.state_names = self.rule.state if self.n_routed else ()
+        self.state_names += ("aux_cutoff", "aux_age") if len(self.aux) else ()
+        for name in self.state_names:
+            self.register_buffer(f"routing_{name}", torch.zeros(self.n_routed))
+
+    @property
+    def needs_future(self) -> bool:
+        """Whether the training rule looks at other tokens, so that causal inference needs another one."""
+        return self.n_routed > 0 and self.rule.alone is None
+
+    def routing_state(self) -> State:
+        """The explicit routing state by name, fp32 (E,) each."""
+        return {name: self.get_buffer(f"routing_{name}") for name in self.state_names}
+
+    @torch.no_grad()
+    def update_routing(self, observed: State) -> None:
+        """New routing state from what the step's micro-batches observed on average; the loop's business alone."""
+        state = self.routing_state()
+        new = state if self.rule.update is None else self.rule.update(self.selection, state, observed)
+        if len(self.aux):
+            new = moving_average(new, observed, AUX_DECAY, "aux_cutoff", "aux_age")
+        for name, values in new.items():
+            state[name].copy_(values)
 
     def forward(
-        self, x_TD: Tensor, groups: TokenGroups, mode: Mode, noise_TE: Tensor | None = None
-    ) -> tuple[Tensor, RouterStats | None]:
-        """(T, D) -> (T, D) and the routing decisions (None when no group has a router).
-
-        `noise_TE` is added to the logits of the routed experts (see `routing/noise.py`).
-        """
-        if len(self.group_sizes) == 1:
-            groups = groups.merged()
-        stats, chosen = self._decide(x_TD, groups, noise_TE)
-        if mode == "train":
-            return self._batched(x_TD, groups, chosen), stats
-        if stats is not None:
-            if stats.aux_logit_TE is None:
-                raise ValueError(
-                    "got routing mode aux, need auxiliary routers in the model: train them with objective=aux_routers"
-                )
-            stats = stats._replace(selected_TE=(stats.aux_logit_TE > 0) & stats.member_TE)  # sigmoid > 0.5
-        return self._dropless(x_TD, groups, stats), stats
-
-    def _decide(
-        self, x_TD: Tensor, groups: TokenGroups, noise_TE: Tensor | None
-    ) -> tuple[RouterStats | None, list[tuple[Tensor, Tensor, Tensor]]]:
-        """Scores and the training rule's choice: stats, and per routed group what `_batched` needs.
-
-        That is flat `token_EK` (-1: empty slot), `gate_EK`, and the inverse map `slots_TE`.
-        """
-        if self.router is None:
-            return None, []
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        with full_precision(x_TD):
-            all_logit_TE = x_TD.to(wide) @ self.router.to(wide)
-            if noise_TE is not None:
-                all_logit_TE = all_logit_TE + noise_TE
-        n_tokens, chosen, columns, start = x_TD.shape[0], [], [], 0
-        for m, size in enumerate(self.group_sizes):
-            if size == 1:
-                continue
-            index_N, slot_T = groups.index[m], groups.slot[m]
-            valid_N = None if groups.valid is None else groups.valid[m]
-            logit_TE = all_logit_TE[:, start : start + size]
-            logit_NE = logit_TE[index_N]
-            token_EK, keep_EK = self.rule.select(logit_NE, self.shares[m], valid_N)
-            gate_EK = torch.sigmoid(logit_NE.T.gather(1, token_EK))
-            flat_EK = index_N[token_EK]
-            if keep_EK is not None:
-                flat_EK = torch.where(keep_EK, flat_EK, -1)
-            slots_TE = slots_of_tokens(flat_EK, n_tokens)
-            chosen.append((flat_EK, gate_EK, slots_TE))
-            member_TE = (slot_T >= 0)[:, None].expand(n_tokens, size)
-            aux_TE = None
-            if len(self.aux):
-                aux_NE = self.aux[len(columns)](x_TD[index_N])
-                # invalid slots of the padded form point at token 0; the inverse map leaves them out
-                aux_TE = combine(aux_NE, slot_T[:, None], self._live(index_N, valid_N))
-            columns.append(
-                (slots_TE >= 0, torch.where(member_TE, torch.sigmoid(logit_TE.detach()), 0), aux_TE, member_TE)
-            )
-            start += size
-        selected_TE, score_TE, member_TE = (torch.cat([c[i] for c in columns], 1) for i in (0, 1, 3))
-        aux_TE = torch.cat([c[2] for c in columns], 1) if len(self.aux) else None
-        return RouterStats(selected_TE, score_TE, selected_TE, aux_TE, member_TE), chosen
-
-    @staticmethod
-    def _live(index_N: Tensor, valid_N: Tensor | None) -> Tensor:
-        return index_N if valid_N is None else torch.where(valid_N, index_N, -1)
-
-    def _batched(
         self,
         x_TD: Tensor,
         groups: TokenGroups,
-        chosen: list[tuple[Tensor, Tensor, Tensor]],
-    ) -> Tensor:
-        """gather -> batched matmul -> gather-sum, group after group."""
-        routed = iter(chosen)
+        mode: Mode,
+        disturbance: Disturbance = UNDISTURBED,
+        reference: bool = True,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """(T, D) -> (T, D) and the routing decisions (None when no group has a router).
+
+        `reference=False` leaves out, in causal modes, what the training rule would have chosen.
+        """
+        if "all" in self.groups:
+            groups = groups.merged()
+        slots, stats = self._route(x_TD, groups, mode, disturbance, reference)
         y_TD: Tensor | None = None
-        for m, size in enumerate(self.group_sizes):
-            if size == 1:
-                valid_N = None if groups.valid is None else groups.valid[m]
-                token_EK, gate_EK = self._live(groups.index[m], valid_N)[None], None
-                slots_TC = groups.slot[m][:, None]
-            else:
-                token_EK, gate_EK, slots_TC = next(routed)
-            token_S = token_EK.reshape(-1)
-            x_EKD = dispatch(x_TD, token_S, slots_TC).view(*token_EK.shape, self.dim)
-            y_SD = self.experts[m](x_EKD, gate_EK).flatten(0, 1)
-            group_TD = combine(y_SD, slots_TC, token_S)
+        for experts, own in zip(self.experts, slots, strict=True):
+            group_TD = experts.run(x_TD, own)  # type: ignore[operator]
             y_TD = group_TD if y_TD is None else y_TD + group_TD
         assert y_TD is not None
-        return y_TD
+        return (y_TD if self.shared is None else y_TD + self.shared(x_TD[None])[0]), stats
 
-    def _dropless(self, x_TD: Tensor, groups: TokenGroups, stats: RouterStats | None) -> Tensor:
-        """Every selected (token, expert) pair, one expert after the other; shapes depend on the data."""
-        y_TD, column = torch.zeros_like(x_TD), 0
-        for m, size in enumerate(self.group_sizes):
-            experts = self.experts[m]
-            assert isinstance(experts, Experts)
-            for e in range(size):
-                if size == 1:
-                    rows_N, gate_N = (groups.slot[m] >= 0).nonzero().squeeze(1), None
-                else:
-                    assert stats is not None
-                    rows_N = stats.selected_TE[:, column].nonzero().squeeze(1)
-                    gate_N = stats.score_TE[rows_N, column]
-                    column += 1
-                y_ND = experts.one(e, x_TD[rows_N], gate_N)
-                y_TD = y_TD.index_add(0, rows_N, y_ND.to(y_TD.dtype))  # rows are distinct: deterministic
-        return y_TD
+    def _route(
+        self, x_TD: Tensor, groups: TokenGroups, mode: Mode, disturbance: Disturbance, reference: bool
+    ) -> tuple[list[Slots], RouterStats | None]:
+        """Who computes what, group after group."""
+        logit_TE = self._logits(x_TD)
+        slots: list[Slots] = []
+        routed: list[RouterStats] = []
+        start = 0
+        for m, (name, size) in enumerate(self.groups.items()):
+            index_N, slot_T = groups.index[m], groups.slot[m]
+            valid_N = None if groups.valid is None else groups.valid[m]
+            if size == 1:  # of the padded form, only the slots that hold a token are computed
+                ends_E = None if valid_N is None else valid_N.sum()[None]
+                slots.append(Slots(_live(index_N, valid_N), None, slot_T[:, None], ends_E))
+                continue
+            assert logit_TE is not None
+            columns = slice(start, start + size)
+            noise_TE, flip_TE = disturbance.noise_TE, disturbance.flip_TE
+            group = Group(
+                name,
+                {key: value[columns] for key, value in self.routing_state().items()},
+                valid_N,
+                None if noise_TE is None else noise_TE[index_N, columns].to(logit_TE.dtype),
+                self.shares[name],
+            )
+            aux = self.aux[len(routed)] if len(self.aux) else None
+            aux_NE = None if aux is None else aux(x_TD[index_N])
+            flip_NE = None if flip_TE is None else flip_TE[index_N, columns]
+            found = self._route_group(
+                logit_TE[index_N, columns], aux_NE, flip_NE, group, index_N, slot_T, mode, reference
+            )
+            slots.append(found[0])
+            routed.append(found[1])
+            start += size
+        return slots, _side_by_side(routed)
+
+    def _logits(self, x_TD: Tensor) -> Tensor | None:
+        """Logits (T, E) of all routed experts in at least fp32, whatever autocast says."""
+        if self.router is None:
+            return None
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        with full_precision(x_TD):
+            return x_TD.to(wide) @ self.router.to(wide)
+
+    def _route_group(
+        self,
+        logit_NE: Tensor,
+        aux_NE: Tensor | None,
+        flip_NE: Tensor | None,
+        group: Group,
+        index_N: Tensor,
+        slot_T: Tensor,
+        mode: Mode,
+        reference: bool,
+    ) -> tuple[Slots, RouterStats]:
+        n_tokens, rule, config = slot_T.numel(), self.rule, self.selection
+        choice: Choice | None = None
+        slots: Slots | None = None
+        reference_TE: Tensor | None = None
+        if mode == "train" or reference:
+            choice = rule.choose(config, logit_NE, group)
+            slots = _slots(choice, index_N, n_tokens)
+            gate_NE, reference_TE = choice.gate_NE, slots.slots_TC >= 0
+        if mode != "train" or flip_NE is not None or slots is None:
+            if mode != "train":
+                selected_NE = self._alone(logit_NE, aux_NE, group.state, mode)
+            else:
+                assert flip_NE is not None and reference_TE is not None
+                selected_NE = reference_TE[index_N] ^ flip_NE
+            if group.valid_N is not None:
+                selected_NE = selected_NE & group.valid_N[:, None]
+            gate_NE = rule.gate(config, logit_NE, selected_NE)
+            # the number of pairs depends on the data: causal modes and planted errors are for evaluation
+            slots = ragged_slots(selected_NE, gate_NE, int(selected_NE.sum()), index_N, n_tokens)
+        member_TE = (slot_T >= 0)[:, None].expand(n_tokens, logit_NE.shape[1])
+        aux_TE, observed = None, {} if choice is None else dict(choice.observed)
+        if aux_NE is not None:
+            # invalid slots of the padded form point at token 0; the inverse map leaves them out
+            aux_TE = combine(aux_NE, slot_T[:, None], _live(index_N, group.valid_N))
+            if reference_TE is not None:
+                falling_EN, _ = falling(aux_NE, group.valid_N)
+                observed["aux_cutoff"] = cutoff_of(falling_EN, reference_TE.sum(0))
+        stats = RouterStats(
+            selected_TE=slots.slots_TC >= 0,
+            score_TE=_spread(gate_NE.detach(), slot_T),
+            reference_TE=reference_TE,
+            aux_logit_TE=aux_TE,
+            member_TE=member_TE,
+            dropped_TE=None if choice is None or choice.dropped_NE is None else _spread(choice.dropped_NE, slot_T),
+            losses={} if choice is None else choice.losses,
+            observed=observed,
+        )
+        return slots, stats
+
+    def _alone(self, logit_NE: Tensor, aux_NE: Tensor | None, state: State, mode: Mode) -> Tensor:
+        """The causal decision (N, E) of every token by itself."""
+        if self.rule.alone is not None:
+            return self.rule.alone(self.selection, logit_NE, state)
+        if mode == "threshold":
+            return logit_NE > state["cutoff"]
+        if aux_NE is None:
+            raise ValueError(
+                f"got routing mode {mode}, need auxiliary routers in the model: train them with objective=aux_routers, "
+                "or use mode=threshold"
+            )
+        return aux_NE > (0 if mode == "aux" else state["aux_cutoff"])  # 0: probability 0.5
+
+
+def _slots(choice: Choice, index_N: Tensor, n_tokens: int) -> Slots:
+    """A rule's decision as slots, in the equal form where it is exact."""
+    if choice.token_EK is not None:
+        gate_EK = choice.gate_NE.T.gather(1, choice.token_EK)
+        return equal_slots(index_N[choice.token_EK], gate_EK, n_tokens)
+    assert choice.selected_NE is not None
+    return ragged_slots(choice.selected_NE, choice.gate_NE, choice.bound, index_N, n_tokens)
+
+
+def _live(index_N: Tensor, valid_N: Tensor | None) -> Tensor:
+    """Flat tokens of a group, -1 where a slot holds none."""
+    return index_N if valid_N is None else torch.where(valid_N, index_N, -1)
+
+
+def _spread(values_NE: Tensor, slot_T: Tensor) -> Tensor:
+    """Values of a group's tokens at their places among all T, 0 elsewhere."""
+    if not values_NE.shape[0]:
+        return values_NE.new_zeros(slot_T.numel(), values_NE.shape[1])
+    return torch.where((slot_T >= 0)[:, None], values_NE[slot_T.clamp(min=0)], values_NE.new_zeros(()))
+
+
+def _side_by_side(groups: list[RouterStats]) -> RouterStats | None:
+    """The statistics of all groups as one."""
+    if not groups:
+        return None
+
+    def columns(parts: Iterable[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present, -1) if len(present) == len(groups) else None
+
+    losses: dict[str, Tensor] = {}
+    for group in groups:
+        for name, value in group.losses.items():
+            losses[name] = losses[name] + value if name in losses else value
+    tensors = zip(*(group[:6] for group in groups), strict=True)
+    observed = {name: torch.cat([group.observed[name] for group in groups]) for name in groups[0].observed}
+    return RouterStats(*(columns(parts) for parts in tensors), losses, observed)  # type: ignore[arg-type]
+
+
+def experts_per_token(layer: SparseFeedForward, shares: tuple[float, ...]) -> float:
+    """Nominal number of routed experts (and experts without router) that compute a mean token, given the fraction of
+    tokens per modality; a group of one expert computes every token of it."""
+    shares = (1.0,) if "all" in layer.groups else shares
+    groups = zip(shares, layer.groups.items(), strict=True)
+    return float(sum(s * (1 if size == 1 else layer.shares[name] * size) for s, (name, size) in groups))
 
 
 def build_feed_forward(
-    config: FeedForwardConfig, dim: int, hidden_dim: int, modalities: tuple[str, ...], aux_routers: bool
+    config: FeedForwardConfig,
+    layer: int,
+    n_layers: int,
+    dim: int,
+    hidden_dim: int,
+    modalities: tuple[str, ...],
+    aux_routers: bool,
 ) -> DenseFeedForward | SparseFeedForward:
-    """The module of one layer; raises ValueError if `config.experts` does not name the vocabulary's modalities."""
-    if isinstance(config, DenseConfig):
+    """The module of one layer of `n_layers`; raises ValueError if `config.experts` or `config.layers` do not fit."""
+    sparse = () if isinstance(config, DenseConfig) else config.sparse_layers(n_layers)
+    if isinstance(config, DenseConfig) or layer not in sparse:
         return DenseFeedForward(dim, hidden_dim)
-    sizes = config.groups(modalities)
-    return SparseFeedForward(dim, hidden_dim, sizes, config.selection, aux_routers)
+    groups = config.groups(modalities, sparse.index(layer))
+    width = Fraction(config.width).limit_denominator(1000) * hidden_dim
+    expert_dim = hidden_dim if config.width == 1 else -(-width // 32) * 32
+    return SparseFeedForward(dim, int(expert_dim), groups, config.selection, aux_routers, config.shared)

@@ -3,14 +3,19 @@
 | parameter                                | distribution                                              |
 | ---------------------------------------- | --------------------------------------------------------- |
 | embedding.weight                         | normal, std EMBEDDING_STD, cut at 3 std                   |
-| attention.wqkv, experts w13, aux w1      | normal, std fan_in^-1/2, cut at 3 std                     |
-| attention.wo, experts w2                 | the same, divided by sqrt(2 n_layers) in pre-norm order   |
-| router, aux w2, head.weight              | normal, std fan_in^-1/2, cut at 3 std                     |
+| attention.wqkv, w13 of experts, aux w1   | normal, std fan_in^-1/2, cut at 3 std                     |
+| attention.wo, w2 of experts              | the same, divided by sqrt(2 n_layers) in pre-norm order   |
+| routers, aux w2, head.weight             | normal, std fan_in^-1/2, cut at 3 std                     |
 | sub-layers' norm gains                   | 1 in pre-norm order, SWIN_GAIN in Swin order              |
 | final norm and QK-norm gains, biases     | 1, 0                                                      |
+| routing state (buffers)                  | 0                                                         |
 
-Each tensor has a generator of its own, derived from (seed, name): a dense model and its sparse twin start from the
-same attention, embedding and head, so paired seeds differ in nothing but the feed-forward.
+Stacked weights (experts, the modalities of untied attention) are drawn one like the other, and differ. Routers are
+those of the experts and of mixture-of-depths; shared experts are one expert of their joint width.
+
+Each tensor has a generator of its own, derived from (seed, name): a dense model and its sparse, untied and
+mixture-of-depths twins start from the same bits wherever a name and its shape coincide, so paired seeds differ in
+nothing but what an option changes.
 
 Neither paper states its initialisation. In Swin order the norm after a sub-layer sets its size, so the gain takes the
 place of a depth-dependent scale: small, it lets every block start near the identity (Swin V2 starts its gains at 0).
@@ -28,7 +33,7 @@ SWIN_GAIN = 0.125
 
 
 def init_weights(model: nn.Module, seed: int, depth_scale: float = 1.0, gain: float = 1.0) -> None:
-    """Initialise every parameter of a `Transformer` in place.
+    """Initialise every parameter of a `Transformer` in place; routing state starts at zero.
 
     `depth_scale` multiplies the sub-layers' last matrices, `gain` is that of the sub-layers' norms. Raises KeyError
     for a name the table does not cover.
@@ -36,6 +41,8 @@ def init_weights(model: nn.Module, seed: int, depth_scale: float = 1.0, gain: fl
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _init(name, parameter, _generator(seed, name), depth_scale, gain)
+        for buffer in model.buffers():  # routing state
+            buffer.zero_()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -52,11 +59,13 @@ def _init(name: str, parameter: Tensor, generator: torch.Generator, depth_scale:
         parameter.fill_(gain if owner in ("attention_norm", "feed_forward_norm") else 1.0)
     elif owner == "embedding":
         _normal(parameter, EMBEDDING_STD, generator)
+    elif leaf in ("wqkv", "wo"):  # untied attention: (modality, in, out)
+        _normal(parameter, (depth_scale if leaf == "wo" else 1.0) * parameter.shape[-2] ** -0.5, generator)
     elif owner in ("wqkv", "wo", "head"):  # nn.Linear stores (out, in)
         scale = depth_scale if owner == "wo" else 1.0
         _normal(parameter, scale * parameter.shape[1] ** -0.5, generator)
-    elif leaf in ("w13", "w2", "w1", "router"):  # ours are (..., in, out)
-        scale = depth_scale if leaf == "w2" and "experts" in parts else 1.0
+    elif leaf in ("w13", "w2", "w1", "router", "depth_router"):  # ours are (..., in, out)
+        scale = depth_scale if leaf == "w2" and ("experts" in parts or owner == "shared") else 1.0
         _normal(parameter, scale * parameter.shape[-2] ** -0.5, generator)
     else:
         raise KeyError(f"no initialisation for parameter {name}")

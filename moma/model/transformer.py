@@ -6,19 +6,39 @@ The head is not part of `forward`: the loss streams over it in chunks, and image
 image codes. Refuses nothing at run time: `ModelConfig` and the data boundary have validated everything.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
-from moma.model.attention import Attention, QkNorm
+from moma.model.attention import (
+    ATTENTIONS,
+    Attention,
+    AttentionConfig,
+    AttentionMask,
+    QkNorm,
+    SharedAttentionConfig,
+    UntiedAttentionConfig,
+)
 from moma.model.block import Block, NormOrder, RMSNorm
-from moma.model.feed_forward import FeedForwardConfig, Mode, build_feed_forward
+from moma.model.depth import DEPTHS, DepthBlock, DepthConfig, FullDepthConfig
+from moma.model.feed_forward import (
+    AUX_MODES,
+    CAUSAL_MODES,
+    FEED_FORWARDS,
+    UNDISTURBED,
+    DenseConfig,
+    FeedForwardConfig,
+    Mode,
+    SparseFeedForward,
+    build_feed_forward,
+)
 from moma.model.init import SWIN_GAIN, init_weights
-from moma.model.routing import RouterStats
+from moma.model.routing import Disturbance, RouterStats, State
+from moma.schema import kind_field
 
 
 @dataclass(frozen=True)
@@ -60,32 +80,36 @@ class ModelConfig:
         return -(-8 * self.dim // 3 // 32) * 32 if self.hidden_dim is None else self.hidden_dim
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that decides a model's parameters, beside the vocabulary: a part of every run's configuration."""
+
+    model: ModelConfig
+    feed_forward: FeedForwardConfig = kind_field(FEED_FORWARDS, default=DenseConfig())
+    attention: AttentionConfig = kind_field(ATTENTIONS, default=SharedAttentionConfig())
+    depth: FullDepthConfig | DepthConfig = kind_field(DEPTHS, default=FullDepthConfig())
+
+
+ARCHITECTURE = tuple(field.name for field in fields(Architecture))
+
+
 class Transformer(nn.Module):
-    """Early-fusion decoder over one vocabulary; its feed-forwards may be dense or sparse."""
+    """Early-fusion decoder over one vocabulary; feed-forwards, attention and depth may be sparse or untied."""
 
     def __init__(
         self,
-        config: ModelConfig,
-        feed_forward: FeedForwardConfig,
+        architecture: Architecture,
         vocab_size: int,
         modalities: tuple[str, ...] = ("text", "image"),
         aux_routers: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.feed_forward = config, vocab_size, feed_forward
+        config = architecture.model
+        self.architecture, self.config, self.vocab_size = architecture, config, vocab_size
         self.embedding = nn.Embedding(vocab_size, config.dim)
-        self.blocks = nn.ModuleList()
-        for _ in range(config.n_layers):
-            attention = Attention(
-                config.dim,
-                config.n_heads,
-                config.kv_heads,
-                config.qk_norm,
-                config.rope_theta,
-                config.norm_eps,
-            )
-            sparse = build_feed_forward(feed_forward, config.dim, config.ffn_dim, modalities, aux_routers)
-            self.blocks.append(Block(config.dim, attention, sparse, config.norm_order, config.norm_eps))
+        self.blocks = nn.ModuleList(
+            _block(architecture, layer, modalities, aux_routers) for layer in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
 
@@ -93,29 +117,77 @@ class Transformer(nn.Module):
         self,
         tokens_RL: Tensor,
         position_RL: Tensor,
-        mask: Any,
+        mask: AttentionMask,
         groups: TokenGroups,
         mode: Mode = "train",
         caches: Sequence[Any] | None = None,
-        noise_NTE: Tensor | None = None,
-    ) -> tuple[Tensor, list[RouterStats]]:
-        """Hidden states (R, L, D) after the final norm, and the decisions of every layer that has a router.
+        disturbances: Sequence[Disturbance] | None = None,
+    ) -> tuple[Tensor, dict[str, RouterStats]]:
+        """Hidden states (R, L, D) after the final norm, and the decisions of every router by its name: "3" for the
+        experts of layer 3, "3.depth" for its depth router.
 
-        `noise_NTE`: routing noise of the N layers (training only).
+        `disturbances`: noise and planted errors, one per layer.
         """
-        x_RLD, stats = self.embedding(tokens_RL), []
+        x_RLD, stats = self.embedding(tokens_RL), {}
         for layer, block in enumerate(self.blocks):
             cache = None if caches is None else caches[layer]
-            noise_TE = None if noise_NTE is None else noise_NTE[layer]
-            x_RLD, layer_stats = block(x_RLD, position_RL, mask, groups, mode, cache, noise_TE)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+            disturbance = UNDISTURBED if disturbances is None else disturbances[layer]
+            x_RLD, found = block(x_RLD, position_RL, mask, groups, mode, cache, disturbance)
+            stats |= {f"{layer}{suffix}": value for suffix, value in found.items()}
         return self.norm(x_RLD), stats
+
+    def routers(self) -> dict[str, SparseFeedForward | DepthBlock]:
+        """The modules that route, by the names of their statistics; groups of one expert do not."""
+        found: dict[str, SparseFeedForward | DepthBlock] = {}
+        for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if isinstance(block.feed_forward, SparseFeedForward) and block.feed_forward.n_routed:
+                found[f"{layer}"] = block.feed_forward
+            if isinstance(block, DepthBlock):
+                found[f"{layer}.depth"] = block
+        return found
+
+    @property
+    def needs_future(self) -> bool:
+        """Whether a training rule looks at other tokens, so that causal inference needs one of `causal_modes`."""
+        return any(isinstance(r, DepthBlock) or r.needs_future for r in self.routers().values())
+
+    def causal_modes(self) -> tuple[Mode, ...]:
+        """Causal routing modes that this model can run in; all of them, and all the same, if its rules are causal."""
+        routers = [r for r in self.routers().values() if isinstance(r, DepthBlock) or r.needs_future]
+        has_aux = all(r.aux is not None and len(list(r.aux.parameters())) for r in routers)
+        return tuple(mode for mode in CAUSAL_MODES if has_aux or mode not in AUX_MODES)
+
+    def update_routing(self, observed: dict[str, State]) -> None:
+        """New routing state of every router from what it observed, averaged over one optimizer step."""
+        routers = self.routers()
+        for name, values in observed.items():
+            routers[name].update_routing(values)
+
+
+def _block(architecture: Architecture, layer: int, modalities: tuple[str, ...], aux_routers: bool) -> Block:
+    """One block of the kind that the architecture wants at this layer."""
+    config, depth = architecture.model, architecture.depth
+    untied = len(modalities) if isinstance(architecture.attention, UntiedAttentionConfig) else None
+    attention = Attention(
+        config.dim,
+        config.n_heads,
+        config.kv_heads,
+        config.qk_norm,
+        config.rope_theta,
+        config.norm_eps,
+        untied,
+    )
+    feed_forward = build_feed_forward(
+        architecture.feed_forward, layer, config.n_layers, config.dim, config.ffn_dim, modalities, aux_routers
+    )
+    parts = (config.dim, attention, feed_forward, config.norm_order, config.norm_eps)
+    if isinstance(depth, DepthConfig) and depth.chosen(layer):
+        return DepthBlock(*parts, depth, len(modalities), aux_routers)
+    return Block(*parts)
 
 
 def build_model(
-    config: ModelConfig,
-    feed_forward: FeedForwardConfig,
+    architecture: Architecture,
     vocab_size: int,
     modalities: tuple[str, ...] = ("text", "image"),
     *,
@@ -126,8 +198,9 @@ def build_model(
 ) -> Transformer:
     """Build on the meta device, materialise on `device`, initialise every parameter from `seed` (fp32 masters)."""
     with torch.device("meta"):
-        model = Transformer(config, feed_forward, vocab_size, modalities, aux_routers).to(dtype)
+        model = Transformer(architecture, vocab_size, modalities, aux_routers).to(dtype)
     model.to_empty(device=device)
+    config = architecture.model
     pre = config.norm_order == "pre"
     init_weights(model, seed, (2 * config.n_layers) ** -0.5 if pre else 1.0, 1.0 if pre else SWIN_GAIN)
     return model

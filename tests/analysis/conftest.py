@@ -1,5 +1,7 @@
 """A made-up study on disk, as the verbs write it: a dense and a sparse run, its routers' run, generations.
 
+The sparse run has experts in every layer and a depth router in every second one.
+
 Curves have a planted speed-up: sparse(F) = dense(ETA F) on both modalities.
 """
 
@@ -101,86 +103,98 @@ def losses(text: float, image: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+CAUSAL = {"aux": 0.07, "aux_calibrated": 0.05, "threshold": 0.02}  # what each mode loses
+
+
 def write_eval(folder: Path, run: Path, experts: dict[str, int] | None, layers: int = 6, seed: int = 0) -> None:
-    """eval.json of a model: dense (`causal`), or sparse with trained routers (`train` and `aux`, maps)."""
+    """eval.json of a model: dense (`causal`), or sparse with trained routers (`train`, causal modes, maps)."""
     rng = np.random.default_rng(seed)
     text, image = (3.5, 4.22) if experts is None else (3.3, 3.95)
+    sparse = {"train": losses(text, image)}
+    sparse |= {mode: losses(text + lost - 0.01, image + lost + 0.01) for mode, lost in CAUSAL.items()}
     result: dict[str, Any] = {
         "run": str(run), "model": "tiny", "feed_forward": "moe_4t4i" if experts else "dense", "step": newest_step(run),
         "tokens": 1228800, "flops": 3.69e13, "corpus": "corpora/emoji", "split": "val", "micro_batches": 24,
         "precision": "bf16", "params_total": 2.2e7 if experts else 7.4e6, "params_active": 7.4e6,
         "flops_per_token_forward": 1.0e7, "flops_per_token_train": 3.0e7,
-        "loss": {"causal": losses(text, image)} if experts is None
-        else {"train": losses(text, image), "aux": losses(text + 0.06, image + 0.08)},
+        "loss": {"causal": losses(text, image)} if experts is None else sparse,
         "baselines": {"text_bigram": 4.37, "text_unigram": 6.1, "image_position_unigram": 4.93},
         "pictures": {
             "generated": {"kid": 0.061, "se": 0.004}, "unigram": {"kid": 0.31, "se": 0.006},
             "training": {"kid": 0.011, "se": 0.002}, "network": "efficientnet-lite0", "n": 200,
+            "mode": "aux" if experts else "causal",
         },
     }  # fmt: skip
     if experts:
         result |= _routers(experts, layers, rng)
+        result["error_injection"] = {
+            "depth": [
+                {"sigma": s, "realised_rate": s, **losses(text + 20 * s, image + 10 * s)} for s in (0.0, 0.005, 0.02)
+            ]
+        }
     (folder / "eval.json").write_text(json.dumps(result))
 
 
 def _routers(experts: dict[str, int], layers: int, rng: np.random.Generator) -> dict[str, Any]:
     names = [f"{m} {e}" for m, n in experts.items() for e in range(n)]
     y, x = np.mgrid[0:8, 0:8] / 7
-    share: dict[str, Any] = {"train": [], "aux": []}
-    place: dict[str, Any] = {"train": [], "aux": []}
-    top = []
+    words = ["the", " Lord", "<boi>", " face", "\n", " of", " light", " skin", "<script>", " king", ",", " flag"]
+    routers: dict[str, Any] = {}
     for layer in range(layers):
-        for mode in share:
-            jitter = 0 if mode == "train" else 0.06
-            share[mode].append(
-                [[float(max(0, 1 / n + rng.normal(0, jitter))) * (m == k) for k in experts]
-                 for m, n in experts.items() for _ in range(n)]
-            )  # fmt: skip
-        grids = []
+        if layer % 2 == 0:
+            share = {mode: [[0.2 + 0.05 * layer, 0.3 - 0.02 * layer]] for mode in ("train", *CAUSAL)}
+            around = np.clip(np.hypot(y - 0.5, x - 0.5), 0, 1).ravel().round(4).tolist()
+            routers[f"{layer}.depth"] = {
+                "columns": ["depth"], "expected": [0.25], "share": share,
+                "image_position": dict.fromkeys(share, [around]), "score": dict.fromkeys(share, [0.5]),
+                "top_tokens": [[[" the", 1.5]]],
+            }  # fmt: skip
+        share, place, top, grids = {}, {}, [], []
         for m, n in experts.items():
             for e in range(n):
                 angle = 2 * math.pi * (e / n) + 0.7 * layer
                 cy, cx = 0.5 + 0.42 * math.sin(angle), 0.5 + 0.42 * math.cos(angle)
                 far = (y - cy) ** 2 + (x - cx) ** 2
                 grids.append(np.exp(-far / (0.05 + 0.03 * layer)) + 0.05 if m == "image" else np.zeros((8, 8)))
+                listed = [[words[(e * 3 + i + layer) % 12], 3.9 - 0.3 * i] for i in range(12)]
+                top.append(listed if m == "text" else [])
         total = np.maximum(sum(grids), 1e-9)
-        for mode in place:
-            noise = 0.02 if mode == "train" else 0.06
-            place[mode].append(
-                [np.clip(g / total + rng.normal(0, noise, (8, 8)) * (g.max() > 0), 0, 1).ravel().round(4).tolist()
-                 for g in grids]
-            )  # fmt: skip
-        words = [
-            "the",
-            " Lord",
-            "<boi>",
-            " face",
-            "\n",
-            " of",
-            " light",
-            " skin",
-            "<script>",
-            " king",
-            ",",
-            " flag",
-        ]
-        top.append(
-            [[[words[(e * 3 + i + layer) % 12], 3.9 - 0.3 * i] for i in range(12)] if m == "text" else []
-             for m, n in experts.items() for e in range(n)]
-        )  # fmt: skip
-    one = lambda drop: [  # noqa: E731
-        {"accuracy": 0.9 - 0.01 * i - drop, "majority": 0.75, "auc": 0.95 - 0.012 * i - drop, "precision": 0.8,
-         "recall": 0.78, "experts_true": 1.0, "experts_predicted": 0.97 - 0.5 * drop}
-        for i in range(layers)
-    ]  # fmt: skip
+        for mode in ("train", *CAUSAL):
+            jitter, noise = (0, 0.02) if mode == "train" else (CAUSAL[mode], 0.06)
+            share[mode] = [
+                [float(max(0, 1 / n + rng.normal(0, jitter))) * (m == k) for k in experts]
+                for m, n in experts.items() for _ in range(n)
+            ]  # fmt: skip
+            place[mode] = [
+                np.clip(g / total + rng.normal(0, noise, (8, 8)) * (g.max() > 0), 0, 1).ravel().round(4).tolist()
+                for g in grids
+            ]
+        routers[str(layer)] = {
+            "columns": names, "expected": [1 / n for n in experts.values() for _ in range(n)], "share": share,
+            "image_position": place, "score": {mode: rng.uniform(0.4, 0.9, len(names)).tolist() for mode in share},
+            "top_tokens": top,
+        }  # fmt: skip
+
+    def entry(name: str, drop: float) -> dict[str, Any]:
+        i, true = int(name.split(".")[0]), 0.25 if "depth" in name else 1.0
+        return {
+            "accuracy": 0.93 - 0.01 * i - drop, "majority": 0.75, "auc": 0.97 - 0.012 * i - drop, "precision": 0.8,
+            "recall": 0.78, "experts_true": true, "experts_predicted": true * (0.97 - 2 * drop), "tie_share": 0.012,
+        }  # fmt: skip
+
+    modality = {"none": 0.31, "one": 0.44, "several": 0.25, "load": [0.25] * 8, "load_entropy": 0.998}
+    told = {"token_information": 0.42, "token_information_by_chance": 0.01}
     return {
-        "maps": {
-            "experts": names, "modalities": list(experts), "share": share, "image_position": place,
-            "score": {mode: rng.uniform(0.4, 0.9, (layers, len(names))).tolist() for mode in share},
-            "grid": [8, 8], "top_tokens": top,
+        "maps": {"modalities": list(experts), "grid": [8, 8], "routers": routers},
+        "routing": {
+            states: {name: {mode: entry(name, lost + extra) for mode, lost in CAUSAL.items()} for name in routers}
+            for states, extra in (("training", 0.0), ("free_running", 0.03))
         },
-        "routing": {"training": one(0.0), "free_running": one(0.04)},
-    }  # fmt: skip
+        "diagnostics": {
+            "train": {n: {"text": modality | told, "image": modality | {"dropped": 0.03}} for n in routers}
+        },
+        "specialisation": {str(layer): {"text": 0.31, "image": 0.2} for layer in range(layers)},
+    }
 
 
 def drawing(seed: int) -> Image.Image:

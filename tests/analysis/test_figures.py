@@ -46,15 +46,22 @@ def test_the_same_data_give_the_same_bytes(study: dict, tmp_path: Path) -> None:
 
 def test_figures_of_incomplete_data(study: dict, tmp_path: Path) -> None:
     runs = collect(study["runs"])
-    maps = dict(runs[1].eval["maps"])  # type: ignore[index]
-    maps["share"] = {"train": maps["share"]["train"]}  # no auxiliary routers yet
-    figures.save(figures.expert_shares(maps), tmp_path / "shares.png")
+    maps = runs[1].eval["maps"]  # type: ignore[index]
+    one = {"modalities": maps["modalities"], "grid": maps["grid"], "routers": {"1": dict(maps["routers"]["1"])}}
+    one["routers"]["1"]["share"] = {"train": maps["routers"]["1"]["share"]["train"]}  # one mode, one layer
+    figures.save(figures.expert_shares(one), tmp_path / "shares.png")
     figures.save(figures.loss_curves(runs[1:]), tmp_path / "loss.png")  # no dense run
-    text_only = {"experts": ["text 0", "text 1"], "modalities": ["text", "image"]}
-    assert figures.expert_places(text_only) is None
+    text_only = {
+        "columns": ["text 0"],
+        "expected": [1.0],
+        "share": {"train": [[1, 0]]},
+        "image_position": {"train": [[0]]},
+    }
+    assert figures.expert_places({"grid": [1, 1], "routers": {"0": text_only}}) is None
     assert figures.pictures([], {}) is None
-    routing = {"training": [{"accuracy": 0.9, "majority": 0.75, "auc": None, "experts_true": 1.0}]}
-    figures.save(figures.routers(routing, "#d55e00"), tmp_path / "routers.png")  # type: ignore[arg-type]
+    entry = {"accuracy": 0.9, "majority": 0.75, "auc": None, "experts_true": 1.0}
+    for routing in ({"training": [entry]}, {"training": {"4.depth": {"threshold": entry}}}):
+        figures.save(figures.routers(routing, "#d55e00"), tmp_path / "routers.png")
 
 
 def test_dense_is_grey_and_colours_do_not_depend_on_company() -> None:

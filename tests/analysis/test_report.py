@@ -90,13 +90,45 @@ def test_numbers_name_their_routing_mode(page: Path) -> None:
     text = check(page.read_text()).text
     for words in (
         "dense (causal)",
-        "moe_4t4i (aux)",
-        "train: expert choice, sees the future",
-        "see the future (train)",
+        "moe_4t4i (aux, aux_calibrated, threshold)",
+        "train: routed over the micro-batch, sees the future",
+        "aux_calibrated: causal, auxiliary routers with moving cut-offs",
+        "routed as in training (train)",
     ):
         assert words in text
     assert "dense: causal, moe_4t4i: aux" in text  # the pictures
     assert "a full moon by dense" in text and "moma prepare" in text and "two & more" in text
+
+
+def test_every_causal_mode_has_its_gap_and_its_verdict(page: Path) -> None:
+    text = page.read_text()
+    gaps = text.split("What causal routing costs")[1].split("</table>")[0]
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", gaps)][1:]
+    assert [row[2].split(":")[0] for row in rows] == ["aux", "aux_calibrated", "threshold"]
+    assert [row[3:] for row in rows][2] == ["+0.0200", "+0.0100", "+0.0300"]
+    verdict = text.split("<h2>Verdict</h2>")[1].split("</table>")[0]
+    modes = [re.findall(r"<td.*?>(.*?)</td>", row)[0] for row in re.findall(r"<tr>(.*?)</tr>", verdict)[1:]]
+    assert modes == ["aux"] * 4 + ["aux_calibrated"] * 4 + ["threshold"] * 4
+    assert "moe_4t4i (aux)" in text.split("<h2>Pictures from names</h2>")[1]
+
+
+def test_routers_are_named_experts_and_depth(page: Path) -> None:
+    text = page.read_text()
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["0.depth", "threshold", "free-running"] in [row[:3] for row in rows]
+    (row,) = [row for row in rows if row[:2] == ["1", "text"]]
+    assert row[2:] == ["31.0%", "44.0%", "25.0%", "0.998", "", "0.310", "0.420 (0.010)"]
+    assert ["moe_4t4i", "0", "depth", "0.50%", "0.50%"] in [row[:5] for row in rows]  # planted errors
+
+
+def test_models_whose_rules_are_causal_have_words_of_their_own(study: dict, undrawn: None, tmp_path: Path) -> None:
+    runs = collect(study["runs"])
+    losses = runs[1].eval["loss"]  # type: ignore[index]
+    runs[1].eval["loss"] = {"train": losses["train"], "causal": losses["aux"]}  # type: ignore[index]
+    del runs[1].eval["routing"], runs[1].eval["diagnostics"], runs[1].eval["pictures"]  # type: ignore[union-attr, attr-defined]
+    text = check(report.write_report(runs, [], tmp_path).read_text()).text
+    assert "causal: its own rule, dropless" in text and "train: its own rule, with its capacity" in text
+    assert "causal: no routers" in text and "moe_4t4i (causal)" in text
 
 
 def test_costs_come_from_the_metrics(page: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_routers_run_lends_its_evaluation_to_the_run_it_started_from(study: di
     assert (dense.variant, sparse.variant) == ("dense", "moe_4t4i")
     assert dense.is_dense and dense.seed == sparse.seed == (0, 0)
     assert sparse.name == "tiny-moe_4t4i-s0" and sparse.routers is not None
-    assert sparse.eval is not None and set(sparse.eval["loss"]) == {"train", "aux"}
+    assert sparse.eval is not None and {"train", "aux"} < set(sparse.eval["loss"])
     assert np.isnan(dense.column("no_such_metric")).all()
 
 

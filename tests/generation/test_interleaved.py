@@ -15,15 +15,27 @@ from moma.generation.sampling import GREEDY, Sampling, row_uniforms, sample
 from moma.modality import padded_groups
 from moma.model.attention import document_mask
 
-NAMES = ["dense", "moe_8x", "moe_1t1i", "moe_4t4i"]
+CASES = {
+    "dense": "aux",
+    "moe_1t1i": "aux",
+    "moe_8x": "aux_calibrated",
+    "moe_4t4i": "aux",
+    "token_choice_4x": "aux",
+    "threshold": "threshold",
+    "untied_4t4i": "threshold",
+    "mod_4t4i": "aux",
+    "mod_quota_untied": "threshold",
+}
 
 
-@pytest.fixture(params=NAMES)
-def case(request, variants, make_model):
-    """A model and its vocabulary."""
-    variant = variants[request.param]
+@pytest.fixture(params=CASES.items(), ids=CASES.keys())
+def case(request, variants, make_model, make_batch, settle):
+    """A model, its vocabulary and a causal mode."""
+    name, mode = request.param
+    variant = variants[name]
     model, vocab = make_model(variant, aux_routers=True, seed=3), variant.vocabulary
-    return model, vocab
+    settle(model, make_batch(vocab, 0))
+    return model, vocab, mode
 
 
 def prompts_of(vocab):
@@ -38,17 +50,17 @@ def prompts_of(vocab):
     ]
 
 
-def naive_logits(model, tokens, vocab):
+def naive_logits(model, tokens, vocab, mode):
     ids = torch.tensor([tokens])
     document = torch.zeros_like(ids)
     groups = padded_groups(ids, document == 0, vocab)
     position = torch.arange(len(tokens))[None]
-    hidden, _ = model(ids, position, document_mask(document), groups, "aux")
+    hidden, _ = model(ids, position, document_mask(document), groups, mode)
     return (hidden[0, -1] @ model.head.weight.T).double()
 
 
 @torch.no_grad()
-def naive(model, prompt, vocab, row, *, text, picture, steps, pictures, seed, cfg_text=1.0, cfg_image=1.0):
+def naive(model, prompt, vocab, row, mode, *, text, picture, steps, pictures, seed, cfg_text=1.0, cfg_image=1.0):
     """One row at a time, a full forward pass per token and context, masks over the whole vocabulary."""
     document, log_probs = list(prompt), []
     for step in range(steps):
@@ -59,13 +71,13 @@ def naive(model, prompt, vocab, row, *, text, picture, steps, pictures, seed, cf
             continue
         allowed = torch.zeros(vocab.size, dtype=torch.bool)
         if left is None:
-            logits = naive_logits(model, document, vocab)
+            logits = naive_logits(model, document, vocab, mode)
             allowed[vocab.eos] = True
             allowed[vocab.text_start : vocab.text_stop] = True
             allowed[vocab.boi] = pictures and steps - step >= vocab.tokens_per_image + 2
         else:
             none, image, full = (
-                naive_logits(model, context(document, vocab), vocab)
+                naive_logits(model, context(document, vocab), vocab, mode)
                 for context in (no_context, image_context, full_context)
             )
             logits = none + cfg_image * (image - none) + cfg_text * (full - image)
@@ -97,18 +109,18 @@ def naive(model, prompt, vocab, row, *, text, picture, steps, pictures, seed, cf
     ids=["greedy", "sampled", "two_way", "three_way", "image_scale_1"],
 )
 def test_cached_batches_equal_full_forwards_row_by_row(case, settings):
-    model, vocab = case
+    model, vocab, mode = case
     prompts, steps = prompts_of(vocab), 16
     with torch.no_grad():
         model.head.weight[vocab.boi] *= 12  # so that text begins pictures
     both = {"text": settings["text"], "picture": settings["picture"], "pictures": True, "seed": 1}
     cfg_text, cfg_image = settings.get("cfg_text", 1.0), settings.get("cfg_image", 1.0)
     guidance = {"guidance": cfg_text, "guidance_image": cfg_image}
-    made = generate(model, prompts, vocab, mode="aux", max_new_tokens=steps, **both, **guidance)
+    made = generate(model, prompts, vocab, mode=mode, max_new_tokens=steps, **both, **guidance)
     begun = 0
     for row, (prompt, got) in enumerate(zip(prompts, made, strict=True)):
         tokens, log_probs = naive(
-            model, prompt, vocab, row, steps=steps, cfg_text=cfg_text, cfg_image=cfg_image, **both
+            model, prompt, vocab, row, mode, steps=steps, cfg_text=cfg_text, cfg_image=cfg_image, **both
         )
         assert got.tokens == tokens
         torch.testing.assert_close(torch.tensor(got.log_probs), torch.tensor(log_probs), rtol=0, atol=1e-9)
@@ -118,11 +130,11 @@ def test_cached_batches_equal_full_forwards_row_by_row(case, settings):
 
 
 def test_every_document_is_well_formed(case):
-    model, vocab = case
+    model, vocab, mode = case
     with torch.no_grad():
         model.head.weight[[vocab.boi, vocab.eos]] *= 2
     prompts = prompts_of(vocab) * 4
-    made = generate(model, prompts, vocab, mode="aux", max_new_tokens=25, seed=2)
+    made = generate(model, prompts, vocab, mode=mode, max_new_tokens=25, seed=2)
     assert any(row.finished for row in made) and not all(row.finished for row in made)
     for prompt, row in zip(prompts, made, strict=True):
         document = [*prompt, *row.tokens]
@@ -174,18 +186,26 @@ def test_bf16_autocast(name, variants, make_model):
 
 
 def test_models_without_routers_are_causal_in_every_mode(variants, make_model):
-    for name in ("dense", "moe_1t1i"):
+    for name in ("dense", "moe_1t1i", "token_choice", "threshold"):
         assert causal_mode(make_model(variants[name]), "train") == "aux"
 
 
 def test_the_training_rule_is_refused(variants, make_model):
     model = make_model(variants["moe_4t4i"], aux_routers=True)
-    text = r"got mode=train for generation, need aux \(expert choice sees the future\): .*objective=aux_routers"
+    text = (
+        r"got mode=train for generation, need one of aux, aux_calibrated, threshold \(the training rule sees the "
+        r"future\): use mode=threshold, or .*objective=aux_routers"
+    )
     with pytest.raises(ValueError, match=text):
         causal_mode(model, "train")
     assert causal_mode(model, "aux") == "aux"
-    with pytest.raises(ValueError, match="got a model without auxiliary routers, need them to generate in mode aux"):
-        causal_mode(make_model(variants["moe_4t4i"]), "aux")
+    for name in ("moe_4t4i", "mod_dense"):
+        bare = make_model(variants[name])
+        assert causal_mode(bare, "threshold") == "threshold"
+        with pytest.raises(
+            ValueError, match="got a model without auxiliary routers, need them .* in mode aux: use"
+        ):
+            causal_mode(bare, "aux")
 
 
 def test_contexts(vocabulary):

@@ -5,6 +5,7 @@ expert e chooses floor(N / |E|) of its group's N tokens, best score first, lower
 """
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -15,9 +16,13 @@ from torch import nn
 from moma.modality import TokenGroups, exact_groups, modality_of, padded_groups
 from moma.model.block import RMSNorm
 from moma.model.experts import GatherSum, combine, dispatch, gather_sum, slots_of_tokens
-from moma.model.feed_forward import DenseConfig, DenseFeedForward, SparseConfig, build_feed_forward
+from moma.model.feed_forward import CAUSAL_MODES, DenseConfig, DenseFeedForward, SparseConfig, build_feed_forward
+from moma.model.routing import SELECTIONS, Group
+from moma.model.routing.expert_choice import ExpertChoiceConfig
 
+LAYERS_ONLY = True
 DIM, HIDDEN = 6, 5
+TWO = ("text", "image")
 WORD, CODE, SOUND, PAD = 30, 4, 56, 1  # one id of each modality of the small vocabularies
 
 # which token is of which modality: T text, I image, A audio (text where the vocabulary has none)
@@ -36,11 +41,17 @@ def ids_of(layout):
 
 
 def new_layer(variant, aux_routers=False, seed=0, scale=1.0):
+    """Random weights; cut-offs and biases as after some training."""
     modalities = variant.vocabulary.modalities
-    layer = build_feed_forward(variant.feed_forward, DIM, HIDDEN, modalities, aux_routers).double()
+    layer = build_feed_forward(variant.feed_forward, 0, 2, DIM, HIDDEN, modalities, aux_routers).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=scale, generator=generator)
+    for name, state in layer.named_buffers():
+        if name.endswith("age"):
+            state.fill_(9)
+        else:
+            nn.init.normal_(state, std=0.5, generator=generator)
     return layer
 
 
@@ -62,12 +73,93 @@ def swiglu_by_hand(x_D, w13, w2):
     return out
 
 
-def loop_reference(layer, x_TD, modality, capacity_factor=1, aux=False):
+def best(values, k):
+    """Numbers of the k first of a list, best first, lower number first among equals."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+
+
+def expert_choice_by_hand(config, logit, state, alone):
+    n, size = logit.shape
+    k = min(n, math.floor(Fraction(config.capacity_factor).limit_denominator(100) / size * n))
+    taken = {(t, e) for e in range(size) for t in best(logit[:, e].tolist(), k)}
+    return taken, lambda t, e: 1 / (1 + torch.exp(-logit[t, e]))
+
+
+def threshold_by_hand(config, logit, state, alone):
+    n, size = logit.shape
+    taken = set()
+    for e in range(size):
+        above = [t for t in range(n) if logit[t, e] > state["cutoff"][e]]
+        room = n if alone else min(n, math.floor(config.bound * config.capacity_factor * n / size))
+        taken |= {(t, e) for t in above[:room]}
+    return taken, lambda t, e: 1 / (1 + torch.exp(-logit[t, e]))
+
+
+def token_choice_by_hand(config, logit, state, alone):
+    n, size = logit.shape
+    p = [[torch.exp(v - max(row)) for v in row] for row in logit.unbind()]
+    p = [[v / sum(row) for v in row] for row in p]
+    first = [best([(v + b).item() for v, b in zip(row, state["bias"], strict=True)], config.k) for row in p]
+
+    def gate(t, e):
+        return p[t][e] if config.weights == "raw" else p[t][e] / sum(p[t][other] for other in first[t])
+
+    return {(t, e) for t in range(n) for e in first[t]}, gate
+
+
+def rule_itself(kind):
+    """For rules without an entry below: their own decision on these logits; all around it is checked."""
+
+    def by_hand(config, logit, state, alone):
+        rule, n, size = SELECTIONS[kind], *logit.shape
+        group = Group("all", state, share=rule.share(config, "all", size))
+        if alone:
+            selected = rule.alone(config, logit, state)
+            gate = rule.gate(config, logit, selected)
+        else:
+            choice = rule.choose(config, logit, group)
+            gate, selected = choice.gate_NE, choice.selected_NE
+            if choice.token_EK is not None:
+                selected = torch.zeros(n, size, dtype=torch.bool)
+                for e, tokens in enumerate(choice.token_EK.tolist()):
+                    selected[tokens, e] = True
+        return {(t, e) for t, e in selected.nonzero().tolist()}, lambda t, e: gate[t, e]
+
+    return by_hand
+
+
+BY_HAND = {
+    "expert_choice": expert_choice_by_hand,
+    "threshold": threshold_by_hand,
+    "token_choice": token_choice_by_hand,
+}
+
+
+def aux_by_hand(aux, x_D, e):
+    h = [(x_D * aux.w1[:, j]).sum() for j in range(aux.w1.shape[1])]
+    return sum(v / (1 + torch.exp(-v)) * aux.w2[j, e] for j, v in enumerate(h))
+
+
+def causal_by_hand(layer, mode, x_TD, logit, state, members, group):
+    """Pairs that a batch-wide rule's stand-in takes."""
+    above = set()
+    for n, t in enumerate(members):
+        for e in range(logit.shape[1]):
+            if mode == "threshold":
+                taken = logit[n, e] > state["cutoff"][e]
+            else:
+                cut = 0.5 if mode == "aux" else 1 / (1 + torch.exp(-state["aux_cutoff"][e]))
+                taken = 1 / (1 + torch.exp(-aux_by_hand(layer.aux[group], x_TD[t], e))) > cut
+            above |= {(n, e)} if taken else set()
+    return above
+
+
+def loop_reference(layer, x_TD, modality, mode="train"):
     """Outputs (T, D), and the chosen (group, expert, token) triples; `modality` -1 marks padding."""
     sizes = [len(experts.w13) for experts in layer.experts]
     group_of = [-1 if m < 0 else (m if len(sizes) > 1 else 0) for m in modality]
     rows = [0 * x_TD[t] for t in range(len(modality))]
-    chosen, column, aux_index = set(), 0, 0
+    chosen, column, routed = set(), 0, 0
     for group, size in enumerate(sizes):
         members = [t for t, g in enumerate(group_of) if g == group]
         w13, w2 = layer.experts[group].w13, layer.experts[group].w2
@@ -75,25 +167,28 @@ def loop_reference(layer, x_TD, modality, capacity_factor=1, aux=False):
             for t in members:
                 rows[t] = rows[t] + swiglu_by_hand(x_TD[t], w13[0], w2[0])
             continue
-        for e in range(size):
-            score = {t: 1 / (1 + torch.exp(-(x_TD[t] * layer.router[:, column]).sum())) for t in members}
-            if aux:
-                a = layer.aux[aux_index]
-                picked = []
-                for t in members:
-                    h = [(x_TD[t] * a.w1[:, j]).sum() for j in range(a.w1.shape[1])]
-                    logit = sum(v / (1 + torch.exp(-v)) * a.w2[j, e] for j, v in enumerate(h))
-                    if 1 / (1 + torch.exp(-logit)) > 0.5:
-                        picked.append(t)
-            else:
-                k = math.floor(Fraction(capacity_factor) / size * len(members))
-                picked = sorted(members, key=lambda t: (-score[t].item(), t))[: min(k, len(members))]
-            for t in picked:
-                chosen.add((group, e, t))
-                rows[t] = rows[t] + score[t] * swiglu_by_hand(x_TD[t], w13[e], w2[e])
-            column += 1
-        aux_index += 1
+        scores = [(x_TD[t] * layer.router[:, column + e]).sum() for t in members for e in range(size)]
+        logit = torch.stack(scores).view(-1, size) if members else x_TD.new_zeros(0, size)
+        state = {name: value[column : column + size] for name, value in layer.routing_state().items()}
+        alone = mode != "train" and layer.rule.alone is not None
+        by_hand = BY_HAND.get(layer.selection.kind, rule_itself(layer.selection.kind))
+        taken, gate = by_hand(layer.selection, logit, state, alone) if members else (set(), None)
+        if mode != "train" and not alone:
+            taken = causal_by_hand(layer, mode, x_TD, logit, state, members, routed)
+        for n, e in sorted(taken, key=lambda pair: pair[1]):
+            t = members[n]
+            chosen.add((group, e, t))
+            rows[t] = rows[t] + gate(n, e) * swiglu_by_hand(x_TD[t], w13[e], w2[e])
+        column += size
+        routed += 1
+    if layer_shared(layer) is not None:
+        for t in range(len(modality)):
+            rows[t] = rows[t] + swiglu_by_hand(x_TD[t], layer.shared.w13[0], layer.shared.w2[0])
     return torch.stack(rows), chosen
+
+
+def layer_shared(layer):
+    return getattr(layer, "shared", None)
 
 
 def columns_of(sizes):
@@ -106,7 +201,7 @@ def assert_equal_to_loop(layer, x_TD, groups, modality, **reference):
     weight = torch.randn(x_TD.shape, dtype=x_TD.dtype, generator=torch.Generator().manual_seed(9))
     y_TD, stats = layer(x_TD, groups, "train")
     expected_TD, chosen = loop_reference(layer, x_TD, modality, **reference)
-    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-11, atol=1e-12)
     wanted = {"x": x_TD, **{n: p for n, p in parameters.items() if not n.startswith("aux")}}
     got = torch.autograd.grad((y_TD * weight).sum(), list(wanted.values()), allow_unused=True)
     need = torch.autograd.grad((expected_TD * weight).sum(), list(wanted.values()), allow_unused=True)
@@ -118,7 +213,7 @@ def assert_equal_to_loop(layer, x_TD, groups, modality, **reference):
     n_groups = len(layer.experts)
     for t in untouched:
         group = 0 if n_groups == 1 else modality[t]
-        if modality[t] < 0 or group not in alone:
+        if layer_shared(layer) is None and (modality[t] < 0 or group not in alone):
             assert torch.equal(y_TD[t], torch.zeros(DIM, dtype=y_TD.dtype)), f"token {t} must be exactly zero"
     if stats is not None:
         sizes = [len(e.w13) for e in layer.experts]
@@ -145,7 +240,7 @@ def test_identical_tokens_are_taken_in_order(variant):
     layer = new_layer(variant)
     x_TD = inputs(len(ids), copies=(text[1::2] + text[::2], image[2:]))
     _, stats, _ = assert_equal_to_loop(layer, x_TD, exact_groups(ids, variant.vocabulary), modality)
-    if stats is not None:  # the case is what it claims to be: some expert takes a part of the copies
+    if stats is not None and layer.needs_future:  # the case is what it claims to be: a part of the copies
         taken = stats.selected_TE[image[2:]].sum(0)
         partly = (taken > 0) & (taken < len(image[2:]))
         assert partly.any() or variant.group_sizes[-1] == 1
@@ -158,31 +253,46 @@ def test_all_tokens_identical(variant):
     assert_equal_to_loop(new_layer(variant), x_TD, exact_groups(ids, variant.vocabulary), modality)
 
 
+@pytest.mark.parametrize("name", ["moe_8x", "moe_4t4i", "moe_7t1i", "three_modalities"])
 @pytest.mark.parametrize("capacity_factor", [0.5, 1.5, 6.0])
-def test_other_capacities_equal_the_loops(variant, capacity_factor):
-    if variant.feed_forward.kind == "dense":
-        pytest.skip("dense has no capacity")
+def test_other_capacities_equal_the_loops(name, variants, capacity_factor):
+    variant = variants[name]
+    selection = type(variant.feed_forward.selection)(capacity_factor=capacity_factor)
+    variant = replace(variant, feed_forward=replace(variant.feed_forward, selection=selection))
     ids = ids_of(LAYOUTS["mixed"])
     modality = modality_of(ids, variant.vocabulary).tolist()
-    layer = new_layer(variant)
-    with_factor = SparseConfig(
-        variant.feed_forward.experts,
-        selection=type(variant.feed_forward.selection)(capacity_factor=capacity_factor),
-    )
-    other = build_feed_forward(with_factor, DIM, HIDDEN, variant.vocabulary.modalities, False).double()
-    other.load_state_dict(layer.state_dict())
     groups = exact_groups(ids, variant.vocabulary)
-    assert_equal_to_loop(other, inputs(len(ids)), groups, modality, capacity_factor=capacity_factor)
+    assert_equal_to_loop(new_layer(variant), inputs(len(ids)), groups, modality)
 
 
-def test_each_expert_takes_exactly_its_capacity(variant, make_batch):
+def test_capacity_factor_per_group():
+    """Three experts for a text token and one for two image tokens, on average."""
+    selection = ExpertChoiceConfig(capacity_factor={"text": 3.0, "image": 0.5})
+    layer = build_feed_forward(
+        SparseConfig({"text": 4, "image": 4}, selection=selection), 0, 1, DIM, HIDDEN, TWO, False
+    )
+    layer = layer.double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    ids = ids_of("TTTTTTTTIIIIIIII")
+    vocabulary_groups = TokenGroups(
+        (torch.arange(8), torch.arange(8, 16)),
+        (torch.cat([torch.arange(8), torch.full((8,), -1)]), torch.cat([torch.full((8,), -1), torch.arange(8)])),
+    )
+    _, stats = layer(inputs(len(ids)), vocabulary_groups, "train")
+    assert stats.selected_TE.sum(0).tolist() == [6] * 4 + [1] * 4
+    with pytest.raises(ValueError, match="got capacity_factor for .'text'., need one for the group image: add it"):
+        wrong = ExpertChoiceConfig(capacity_factor={"text": 3.0})
+        build_feed_forward(SparseConfig({"text": 4, "image": 4}, selection=wrong), 0, 1, DIM, HIDDEN, TWO, False)
+
+
+@pytest.mark.parametrize("name", ["moe_8x", "moe_4t4i", "moe_7t1i", "moe_2t4i_shared", "three_modalities"])
+def test_each_expert_takes_exactly_its_capacity(name, variants, make_batch):
+    variant = variants[name]
     batch = make_batch(variant.vocabulary, seed=3)
     layer = new_layer(variant)
     _, stats = layer(inputs(batch.tokens_RL.numel()), batch.groups, "train")
     sizes = variant.group_sizes
-    if stats is None:
-        assert max(sizes) == 1
-        return
     counts = [batch.tokens_RL.numel()] if len(sizes) == 1 else [i.numel() for i in batch.groups.index]
     need = [n // size for n, size in zip(counts, sizes, strict=True) if size > 1 for _ in range(size)]
     assert stats.selected_TE.sum(0).tolist() == need
@@ -198,12 +308,16 @@ def test_statistics_say_what_was_decided(variant, make_batch):
         return
     modality = modality_of(batch.tokens_RL.flatten(), variant.vocabulary)
     member = torch.stack([(modality == g) | (len(sizes) == 1) for g, _ in columns_of(sizes)], 1)
-    score = torch.sigmoid(x_TD @ layer.router).detach()
     assert torch.equal(stats.member_TE, member)
-    torch.testing.assert_close(stats.score_TE, torch.where(member, score, 0), rtol=1e-14, atol=0)
     assert torch.equal(stats.selected_TE, stats.reference_TE)
+    if layer.selection.kind != "token_choice":
+        score = torch.sigmoid(x_TD @ layer.router).detach()
+        torch.testing.assert_close(stats.score_TE, torch.where(member, score, 0), rtol=1e-14, atol=0)
     assert not (stats.selected_TE & ~member).any()
     assert not stats.score_TE.requires_grad and stats.selected_TE.dtype == torch.bool
+    if not layer.needs_future:
+        assert stats.aux_logit_TE is None and not len(layer.aux)
+        return
     # outside its group a token has no auxiliary logit, and their training never moves the model
     assert torch.equal(stats.aux_logit_TE != 0, member)
     grads = torch.autograd.grad(stats.aux_logit_TE.sum(), [x_TD, layer.router], allow_unused=True)
@@ -212,6 +326,7 @@ def test_statistics_say_what_was_decided(variant, make_batch):
     assert torch.equal(causal.reference_TE, stats.reference_TE)
     assert torch.equal(causal.selected_TE, (causal.aux_logit_TE > 0) & member)
     assert torch.equal(causal.score_TE, stats.score_TE)
+    assert layer(x_TD, batch.groups, "aux", reference=False)[1].reference_TE is None
 
 
 def test_1t1i_is_two_plain_feed_forwards(variants):
@@ -232,7 +347,7 @@ def test_1t1i_is_two_plain_feed_forwards(variants):
 
 def test_dense_twin_shares_its_numbers_with_one_group_of_one():
     dense = DenseFeedForward(DIM, HIDDEN).double()
-    alone = build_feed_forward(SparseConfig({"all": 1}), DIM, HIDDEN, ("text", "image"), False).double()
+    alone = build_feed_forward(SparseConfig({"all": 1}), 0, 1, DIM, HIDDEN, ("text", "image"), False).double()
     for parameter in dense.parameters():
         nn.init.normal_(parameter)
     alone.load_state_dict(dense.state_dict())
@@ -283,10 +398,10 @@ def test_padded_form_equals_exact_form_and_the_loops(variant, case):
     y_TD, stats, _ = assert_equal_to_loop(layer, x_TD, groups, modality)
     if stats is not None:
         for field in (stats.selected_TE, stats.reference_TE, stats.member_TE, stats.score_TE, stats.aux_logit_TE):
-            assert not field[n_tokens:].any()
+            assert field is None or not field[n_tokens:].any()
     if n_tokens:
         exact = exact_groups(ids[:n_tokens], variant.vocabulary)
-        for mode in ("train", "aux"):
+        for mode in ("train", *CAUSAL_MODES):
             got = layer(x_TD, groups, mode)[0][:n_tokens]
             torch.testing.assert_close(got, layer(x_TD[:n_tokens], exact, mode)[0], rtol=1e-13, atol=1e-14)
 
@@ -304,8 +419,9 @@ def test_padding_between_rows_is_never_selected(variant):
 
 def test_garbage_in_padding_stays_there(variant):
     """A NaN in a padded position reaches neither another token nor a gradient."""
-    if variant.feed_forward.kind == "dense":
-        pytest.skip("dense computes every row by itself")
+    layer = new_layer(variant)
+    if variant.feed_forward.kind == "dense" or layer.shared is not None:
+        pytest.skip("dense and shared experts compute every row by itself")
     ids = ids_of("TTIIATTIITTI....")
     present = ids != PAD
     groups = padded_groups(ids, present, variant.vocabulary)
@@ -353,7 +469,11 @@ def test_bf16_input_has_fp32_scores(variants):
     assert stats.score_TE.dtype == stats.aux_logit_TE.dtype == torch.float32
 
 
-def test_tokens_nobody_chose_pass_a_post_norm_without_nan(variant):
+@pytest.mark.parametrize(
+    "name", ["dense", "moe_1t1i", "moe_8x", "moe_4t4i", "moe_7t1i", "three_modalities", "threshold"]
+)
+def test_tokens_nobody_chose_pass_a_post_norm_without_nan(name, variants):
+    variant = variants[name]
     ids = ids_of(LAYOUTS["mixed"])
     layer, x_TD = new_layer(variant), inputs(len(ids))
     norm = RMSNorm(DIM, 1e-5).double()
@@ -439,14 +559,15 @@ def test_gather_sum_adds_bf16_in_fp32():
     assert gather_sum(x_ID, torch.tensor([[0, 1, 2]])).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_aux_mode_equals_the_dropless_loops(variant, layout):
+@pytest.mark.parametrize("mode", CAUSAL_MODES)
+@pytest.mark.parametrize("layout", ["mixed", "no_image", "one_token"])
+def test_causal_modes_equal_the_dropless_loops(variant, layout, mode):
     ids = ids_of(LAYOUTS[layout])
     modality = modality_of(ids, variant.vocabulary).tolist()
     layer, x_TD = new_layer(variant, aux_routers=True), inputs(len(ids))
-    y_TD, stats = layer(x_TD, exact_groups(ids, variant.vocabulary), "aux")
-    expected_TD, chosen = loop_reference(layer, x_TD, modality, aux=True)
-    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-12, atol=1e-13)
+    y_TD, stats = layer(x_TD, exact_groups(ids, variant.vocabulary), mode)
+    expected_TD, chosen = loop_reference(layer, x_TD, modality, mode)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-11, atol=1e-12)
     if stats is not None:
         columns = columns_of(variant.group_sizes)
         assert {(*columns[c], t) for t, c in stats.selected_TE.nonzero().tolist()} == chosen
@@ -489,7 +610,8 @@ def test_aux_mode_obeys_planted_logits(variants):
 def test_aux_mode_needs_auxiliary_routers(variants):
     ids = ids_of(LAYOUTS["mixed"])
     variant = variants["moe_4t4i"]
-    with pytest.raises(ValueError, match="got routing mode aux, need auxiliary routers.*objective=aux_routers"):
+    text = "got routing mode aux, need auxiliary routers.*objective=aux_routers, or use mode=threshold"
+    with pytest.raises(ValueError, match=text):
         new_layer(variant)(inputs(len(ids)), exact_groups(ids, variant.vocabulary), "aux")
 
 
@@ -502,7 +624,40 @@ def test_experts_must_name_the_modalities(experts):
 def test_groups_need_an_expert():
     with pytest.raises(ValueError, match="need at least 1 in every group"):
         SparseConfig({"text": 4, "image": 0}).groups(("text", "image"))
-    assert DenseConfig().groups(("text", "image")) == (1,)
+
+
+def test_numbers_of_experts_per_layer_and_layers_that_are_sparse():
+    config = SparseConfig({"text": (4, 2), "image": 1}, layers=(0, 3))
+    layers = [build_feed_forward(config, i, 4, DIM, HIDDEN, TWO, False) for i in range(4)]
+    assert [isinstance(layer, DenseFeedForward) for layer in layers] == [False, True, True, False]
+    assert [layers[i].groups for i in (0, 3)] == [{"text": 4, "image": 1}, {"text": 2, "image": 1}]
+    assert SparseConfig({"all": 2}, layers="interval").sparse_layers(5) == (0, 2, 4)
+    assert SparseConfig({"all": 2}, layers="first_half").sparse_layers(4) == (0, 1)
+    assert SparseConfig({"all": 2}, layers="second_half").sparse_layers(4) == (2, 3)
+    assert SparseConfig({"all": 2}).sparse_layers(3) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("layers", [(), (1, 1), (2, 1), (-1,), (4,)])
+def test_sparse_layers_must_exist(layers):
+    with pytest.raises(ValueError, match="got feed_forward.layers=.* need rising layer numbers from 0 to 3: change it"):
+        SparseConfig({"all": 2}, layers=layers).sparse_layers(4)
+
+
+def test_a_list_of_expert_numbers_must_cover_the_sparse_layers():
+    config = SparseConfig({"text": (4, 2), "image": 1})
+    with pytest.raises(ValueError, match="got 2 entries in feed_forward.experts.text, need one per sparse layer"):
+        build_feed_forward(config, 2, 3, DIM, HIDDEN, TWO, False)
+
+
+@pytest.mark.parametrize("fields", [{"width": 0.0}, {"shared": -1}])
+def test_width_and_shared_experts_are_checked(fields):
+    with pytest.raises(ValueError, match="need width > 0 and shared >= 0"):
+        SparseConfig({"all": 2}, **fields)
+
+
+def test_token_choice_has_no_gumbel_sigmoid():
+    with pytest.raises(ValueError, match="got noise=gumbel for selection.kind=token_choice, need noise=none"):
+        SparseConfig({"all": 2}, noise="gumbel", selection=SELECTIONS["token_choice"].config())
 
 
 def saved_bytes(layer, x_TD, groups):
@@ -530,7 +685,7 @@ def test_sparse_layer_keeps_little_more_than_dense_for_the_backward_pass(vocabul
     x_TD = torch.randn(n_tokens, dim, requires_grad=True)
     size = {}
     for name, config in (("dense", DenseConfig()), ("sparse", SparseConfig({"text": 4, "image": 4}))):
-        layer = build_feed_forward(config, dim, hidden, ("text", "image"), False)
+        layer = build_feed_forward(config, 0, 1, dim, hidden, ("text", "image"), False)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.1)
         size[name] = saved_bytes(layer, x_TD, groups)

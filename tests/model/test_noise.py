@@ -8,22 +8,28 @@ import torch
 
 from moma.data.batch import Batch
 from moma.evaluation import perplexity
-from moma.model.feed_forward import SparseConfig
-from moma.model.routing.noise import gumbel_noise
+from moma.model.feed_forward import DenseConfig, SparseConfig
+from moma.model.routing import Disturbance
+from moma.model.routing.noise import gumbel_noise, gumbel_sigmoid_noise
+from moma.model.routing.token_choice import TokenChoiceConfig
 from moma.objectives import AuxRoutersConfig, NextTokenConfig, aux_routers, next_token, routing_noise
 
 
-def test_it_depends_on_seed_and_micro_batch_alone():
-    shape = (2, 5, 3)
-    first = gumbel_noise(0, 7, *shape, "cpu")
+def test_it_depends_on_its_key_alone():
+    first = gumbel_sigmoid_noise("0/7/1", 5, 3, "cpu")
     torch.manual_seed(123)
-    assert torch.equal(first, gumbel_noise(0, 7, *shape, "cpu"))
-    others = [gumbel_noise(1, 7, *shape, "cpu"), gumbel_noise(0, 8, *shape, "cpu")]
-    assert not any(torch.equal(first, other) for other in others) and not torch.equal(first[0], first[1])
+    assert first.shape == (5, 3) and torch.equal(first, gumbel_sigmoid_noise("0/7/1", 5, 3, "cpu"))
+    assert not any(torch.equal(first, gumbel_sigmoid_noise(key, 5, 3, "cpu")) for key in ("1/7/1", "0/8/1", "0/7/2"))
+
+
+def test_gumbel_noise_is_gumbel():
+    noise = gumbel_noise("0", 100_000, 4, "cpu").double()
+    assert noise.isfinite().all() and noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.01)
 
 
 def test_it_is_the_difference_of_two_gumbel_variables():
-    noise = gumbel_noise(0, 0, 1, 100_000, 4, "cpu").flatten().double()
+    noise = gumbel_sigmoid_noise("0", 100_000, 4, "cpu").flatten().double()
     generator = torch.Generator().manual_seed(0)
     g = -torch.log(-torch.log(torch.rand(2, 400_000, generator=generator, dtype=torch.float64)))
     two = g[0] - g[1]
@@ -42,8 +48,8 @@ def test_it_enters_choice_and_gate(variants, make_batch, make_model, name):
     model, batch = make_model(variant), make_batch(variant.vocabulary, 0)
     layer, tokens = model.blocks[0].feed_forward, batch.tokens_RL.numel()
     x_TD = torch.randn(tokens, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    noise_TE = gumbel_noise(0, 0, 1, tokens, layer.n_routed, "cpu")[0].double()
-    y_TD, stats = layer(x_TD, batch.groups, "train", noise_TE)
+    noise_TE = gumbel_sigmoid_noise("0/0/0", tokens, layer.n_routed, "cpu").double()
+    y_TD, stats = layer(x_TD, batch.groups, "train", Disturbance(noise_TE))
     quiet_TD, _ = layer(x_TD, batch.groups, "train")
     assert not torch.equal(y_TD, quiet_TD)
     score_TE = torch.sigmoid(x_TD @ layer.router + noise_TE)
@@ -71,7 +77,8 @@ def test_only_pre_training_is_noisy(variants, make_batch, make_model, noise):
     def batch(number):
         return Batch(number, made.tokens_RL, made.target_RL, made.document_RL, made.position_RL, made.groups, 50, True)
 
-    assert (routing_noise(model, batch(0), 0) is not None) == (noise == "gumbel")
+    assert (routing_noise(model, 0, 75, 0, True) is not None) == (noise == "gumbel")
+    assert routing_noise(model, 0, 75, None, True) is None and routing_noise(model, 0, 75, 0, False) is None
     config = NextTokenConfig()
     losses = [
         next_token(config, model, batch(n), 50, vocab, False, seed)[0].item() for n, seed in ((0, 0), (1, 0), (0, 1))
@@ -81,9 +88,27 @@ def test_only_pre_training_is_noisy(variants, make_batch, make_model, noise):
     assert len({aux_routers(AuxRoutersConfig(), model, batch(n), 50, vocab, False, 0)[0].item() for n in (0, 1)}) == 1
 
 
-def test_models_without_routers_have_no_noise(variants, make_batch, make_model):
+def test_models_without_routers_have_no_noise(variants, make_model):
     variant = variants["moe_1t1i"]
-    model = make_model(replace(variant, feed_forward=SparseConfig({"text": 1, "image": 1}, noise="gumbel")))
-    made = make_batch(variant.vocabulary, 0)
-    batch = Batch(0, made.tokens_RL, made.target_RL, made.document_RL, made.position_RL, made.groups, 50, True)
-    assert routing_noise(model, batch, 0) is None
+    for sparse in (SparseConfig({"text": 1, "image": 1}, noise="gumbel"), DenseConfig()):
+        assert routing_noise(make_model(replace(variant, feed_forward=sparse)), 0, 75, 0, True) is None
+
+
+def test_every_layer_draws_its_own(variants, make_model):
+    sparse = SparseConfig({"text": (4, 2), "image": 4}, noise="gumbel", layers=(0, 2))
+    model = make_model(replace(variants["moe_4t4i"], feed_forward=sparse), n_layers=3)
+    first, none, last = routing_noise(model, 5, 75, 0, True)
+    assert first.noise_TE.shape == (75, 8) and none.noise_TE is None and last.noise_TE.shape == (75, 6)
+    assert not torch.equal(first.noise_TE[:, :6], last.noise_TE)
+
+
+@pytest.mark.parametrize("second, training, drawn", [
+    ("argmax", True, False), ("gumbel", True, True), ("gumbel", False, False), ("gumbel_always", False, True),
+])  # fmt: skip
+def test_token_choice_draws_where_it_says_so(variants, make_model, second, training, drawn):
+    sparse = SparseConfig({"all": 4}, selection=TokenChoiceConfig(k=2, second_choice=second))
+    model = make_model(replace(variants["moe_8x"], feed_forward=sparse))
+    noise = routing_noise(model, 0, 75, None, training)
+    assert (noise is not None) == drawn
+    if drawn:
+        assert torch.equal(noise[1].noise_TE, gumbel_noise("0/0/1", 75, 4, "cpu"))

@@ -1,12 +1,14 @@
-"""Gumbel-sigmoid routing noise (MoMa section 2.5): score = sigmoid(x W_g + G' - G''), G', G'' ~ Gumbel(0, 1).
+"""Routing noise: what is drawn for the routers of a micro-batch, before the model runs.
 
-The difference of two independent Gumbel variables is Logistic(0, 1), so one uniform number gives it:
+Gumbel-sigmoid (MoMa section 2.5): score = sigmoid(x W_g + G' - G''), G', G'' ~ Gumbel(0, 1). The difference of two
+independent Gumbel variables is Logistic(0, 1), so one uniform number gives it:
 
     G' - G''  ~  log u - log(1 - u),   u ~ U(0, 1)
 
-It enters the logits, hence both the choice and the gate. It is a pure function of (seed, micro-batch, layer) on a kind
-of device, passed into the model; it exists in pre-training only, never in evaluation, in auxiliary training or in
-generation.
+It enters the logits, hence both the choice and the gate, in pre-training only, never in evaluation, in auxiliary
+training or in generation. Rules that draw (the sampled second choice of token choice) get Gumbel(0, 1) instead.
+
+All of it is a pure function of (seed, micro-batch, layer) on a kind of device, passed into the model.
 """
 
 import hashlib
@@ -15,11 +17,17 @@ import torch
 from torch import Tensor
 
 
-def gumbel_noise(
-    seed: int, micro_batch: int, n_layers: int, n_tokens: int, n_experts: int, device: torch.device | str
-) -> Tensor:
-    """Logistic(0, 1) noise fp32 (n_layers, n_tokens, n_experts) of one micro-batch."""
-    digest = hashlib.sha256(f"{seed}/{micro_batch}".encode()).digest()
+def gumbel_sigmoid_noise(key: str, n_tokens: int, n_experts: int, device: torch.device | str) -> Tensor:
+    """Logistic(0, 1) noise fp32 (n_tokens, n_experts), a function of `key`."""
+    return torch.special.logit(_uniform(key, n_tokens, n_experts, device), eps=1e-7)
+
+
+def gumbel_noise(key: str, n_tokens: int, n_experts: int, device: torch.device | str) -> Tensor:
+    """Gumbel(0, 1) noise fp32 (n_tokens, n_experts), a function of `key`."""
+    return -torch.log(-torch.log(_uniform(key, n_tokens, n_experts, device).clamp(1e-7, 1 - 1e-7)))
+
+
+def _uniform(key: str, n_tokens: int, n_experts: int, device: torch.device | str) -> Tensor:
+    digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    uniform = torch.rand(n_layers, n_tokens, n_experts, generator=generator, device=device)
-    return torch.special.logit(uniform, eps=1e-7)
+    return torch.rand(n_tokens, n_experts, generator=generator, device=device)
