@@ -33,7 +33,7 @@ from moma.modality import Vocabulary
 from moma.model.attention import ATTENTIONS, AttentionConfig, SharedAttentionConfig
 from moma.model.depth import DEPTHS, DepthBlock, DepthConfig, FullDepthConfig
 from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig, SparseConfig
-from moma.model.flops import parts_of, totals
+from moma.model.flops import aux_flops, parts_of, totals
 from moma.model.routing import State
 from moma.model.transformer import ARCHITECTURE, Architecture, ModelConfig, Transformer, build_model
 from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for, is_aux
@@ -193,8 +193,9 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         checkpoint.load(newest, state)
     compile_blocks(model, config.parallel, device)
 
-    flops = totals(parts_of(model, config.data.row_length, config.data.modality_shares(vocab)))
-    flops_per_token = flops["flops_per_token_train"]
+    shares = config.data.modality_shares(vocab)
+    flops = totals(parts_of(model, config.data.row_length, shares))
+    flops_per_token = step_flops(config.objective, flops, aux_flops(model, shares))
     tokens_per_step = config.data.tokens_per_step
     total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
     learning_rate(0, total, config.optim, tokens_per_step, flops_per_token)  # refuses bad schedules before work
@@ -218,7 +219,7 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         noise_seed(config, meta),
         meta.get("upcycled"),
     )
-    run.print_plan(flops, sources, meta.get("step", 0))
+    run.print_plan(flops, flops_per_token, sources, meta.get("step", 0))
     meter = Meter(config.parallel.peak_flops, state=meta.get("meter"))
     with checkpoint.alone(run_dir):
         log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
@@ -228,6 +229,16 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         finally:
             loader.close()
             log.close()
+
+
+def step_flops(objective: NextTokenConfig | AuxRoutersConfig, flops: dict[str, float], aux: float) -> float:
+    """FLOPs per token of what a step runs: forward and backward are 3 x forward, frozen parts run forward alone.
+
+    Training the auxiliary routers of a finished model needs no loss head.
+    """
+    if objective.trains_model:
+        return flops["flops_per_token_train"] + (3 * aux if objective.needs_aux_routers else 0)
+    return flops["flops_per_token_forward"] - flops["flops_per_token_head"] + 3 * aux
 
 
 def noise_seed(config: TrainConfig, meta: dict[str, Any]) -> int | None:
@@ -482,7 +493,7 @@ class _Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def print_plan(self, flops: dict[str, float], sources: dict[str, Any], step: int) -> None:
+    def print_plan(self, flops: dict[str, float], per_token: float, sources: dict[str, Any], step: int) -> None:
         """What is about to happen, in a few lines."""
         data, per_step = self.config.data, self.config.data.tokens_per_step
         image = data.modality_shares(self.vocab)[1]
@@ -493,7 +504,7 @@ class _Run:
             f"({data.accumulation} x {data.rows} rows x {data.row_length}, {data.images} images each, "
             f"{image:.0%} image tokens), corpus {corpus / 1e6:.2f} M tokens\n"
             f"  {flops['params_total'] / 1e6:.2f} M parameters, {flops['params_active'] / 1e6:.2f} M active, "
-            f"{flops['flops_per_token_train'] / 1e6:.1f} MFLOP per token, {self.precision} on {self.device}, "
+            f"{per_token / 1e6:.1f} MFLOP per token, {self.precision} on {self.device}, "
             f"{torch.get_num_threads()} threads"
         )
 

@@ -12,7 +12,8 @@ for split in ("train", "val"):
         for line in lzma.open(f"{pages}/{split}.jsonl.xz", "rt"):
             page = json.loads(line)
             key = page.get("key", page["id"])
-            pictures = [s for s in page["segs"] if "i" in s]
+            # a picture and its caption are never cut: they must fit a row
+            pictures = [s for s in page["segs"] if "i" in s and len(s.get("cap") or "") <= 800]
             for n, picture in enumerate(pictures):
                 pairs.write(json.dumps({"id": f"{page['id']}#{n}", "key": key, "segs": [picture]}) + "\n")
             text = [s for s in page["segs"] if "t" in s]

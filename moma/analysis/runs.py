@@ -47,17 +47,28 @@ class Run:
 
     @property
     def is_dense(self) -> bool:
-        return self.config["feed_forward"]["kind"] == "dense"
+        """Whether it is the baseline: one feed-forward, one attention, every block for every token."""
+        return self.variant == "dense"
 
     @property
     def variant(self) -> str:
-        """`dense`, or the paper's name of the experts: `moe_8x`, `moe_4t4i`."""
-        if self.is_dense:
-            return "dense"
-        experts = self.config["feed_forward"]["experts"]
-        if list(experts) == ["all"]:
-            return f"moe_{experts['all']}x"
-        return "moe_" + "".join(f"{count}{modality[0]}" for modality, count in experts.items())
+        """`dense`, or the paper's name and what else is special: `moe_8x`, `mod_moe_4t4i`, `moe_4t4i_threshold`."""
+        ffn, name = self.config["feed_forward"], "dense"
+        if ffn["kind"] != "dense":
+            experts = {
+                group: "_".join(map(str, n)) if isinstance(n, list) else n for group, n in ffn["experts"].items()
+            }
+            grouped = "".join(f"{count}{modality[0]}" for modality, count in experts.items())
+            name = f"moe_{experts['all']}x" if list(experts) == ["all"] else f"moe_{grouped}"
+            rule = ffn.get("selection", {}).get("kind", "expert_choice")
+            name += "" if rule == "expert_choice" else f"_{rule}"
+            name += "_shared" if ffn.get("shared") else ""
+        depth = self.config.get("depth", {}).get("kind", "full")
+        name = name if depth == "full" else f"{depth}_{name}"
+        attention = self.config.get("attention", {}).get("kind", "shared")
+        name += "" if attention == "shared" else f"_{attention}"
+        name += "_joint" if self.config.get("objective", {}).get("aux_weight") else ""
+        return name + ("_upcycled" if self.meta.get("upcycled") else "")
 
     @property
     def seed(self) -> tuple[int, int]:

@@ -386,5 +386,5 @@ def build_feed_forward(
         return DenseFeedForward(dim, hidden_dim)
     groups = config.groups(modalities, sparse.index(layer))
     width = Fraction(config.width).limit_denominator(1000) * hidden_dim
-    expert_dim = hidden_dim if config.width == 1 else -(-width // 32) * 32
+    expert_dim = hidden_dim if config.width == 1 else -(-width // 16) * 16
     return SparseFeedForward(dim, int(expert_dim), groups, config.selection, aux_routers, config.shared)

@@ -6,9 +6,8 @@
     block behind a depth router with the probability of its capacity (attention: its square).
 
 MFU must name which of the two attention counts it uses. Capacities are taken at their nominal share (floors and
-documents' block masks neglected): equal to what is executed when capacities divide and the mask is dense, but for
-what `padding_of` counts: slots that hold no token, and pairs of tokens in different rows that one mask over the
-tokens of a depth router leaves out.
+documents' block masks neglected): equal to what is executed when capacities divide and the mask is dense, except
+behind a depth router, where one mask spans the tokens of all rows (`padding_of`). Auxiliary routers are left out.
 
 Active parameters are those a mean token runs through: of untied attention its modality's, of a block behind a depth
 router the share of its capacity.
@@ -188,6 +187,20 @@ def _expert_rows(
     return Padding(held, needed)
 
 
+def aux_flops(model: Transformer, modality_shares: tuple[float, ...]) -> float:
+    """Forward FLOPs per token of the auxiliary routers: a token runs through those of its own group alone."""
+    total = 0.0
+    for router in model.routers().values():
+        if isinstance(router, DepthBlock):
+            total += 0 if router.aux is None else 2 * sum(p.numel() for p in router.aux.parameters())
+            continue
+        shares = (1.0,) if "all" in router.groups else modality_shares
+        routed = [share for share, size in zip(shares, router.groups.values(), strict=True) if size > 1]
+        for share, aux in zip(routed, router.aux, strict=False):
+            total += share * 2 * sum(p.numel() for p in aux.parameters())
+    return total
+
+
 def totals(table: dict[str, Part]) -> dict[str, float]:
     """`params_total`, `params_active`, and FLOPs per token, forward and training, in both attention counts."""
     whole = _sum(list(table.values()))
@@ -195,6 +208,7 @@ def totals(table: dict[str, Part]) -> dict[str, float]:
         "params_total": whole.params,
         "params_active": whole.params_active,
         "flops_per_token_forward": whole.flops,
+        "flops_per_token_head": table["head"].flops,
         "flops_per_token_train": 3 * whole.flops,
         "flops_per_token_forward_causal": whole.flops_causal,
         "flops_per_token_train_causal": 3 * whole.flops_causal,

@@ -108,15 +108,27 @@ def test_runs_that_do_not_fit_together_are_refused(tmp_path: Path, study: dict) 
         collect([alone])
 
 
+SPARSE = {"kind": "sparse", "experts": {"text": 4, "image": 4}}
+
+
 @pytest.mark.parametrize(
-    ("feed_forward", "name"),
+    ("config", "name"),
     [
-        ({"kind": "dense"}, "dense"),
-        ({"kind": "sparse", "experts": {"all": 8}}, "moe_8x"),
-        ({"kind": "sparse", "experts": {"text": 7, "image": 1}}, "moe_7t1i"),
+        ({"feed_forward": {"kind": "dense"}}, "dense"),
+        ({"feed_forward": {"kind": "sparse", "experts": {"all": 8}}}, "moe_8x"),
+        ({"feed_forward": {"kind": "sparse", "experts": {"text": 7, "image": 1}}}, "moe_7t1i"),
+        ({"feed_forward": {"kind": "sparse", "experts": {"text": [4, 2], "image": 1}}}, "moe_4_2t1i"),
+        ({"feed_forward": {**SPARSE, "selection": {"kind": "threshold"}}}, "moe_4t4i_threshold"),
+        ({"feed_forward": {**SPARSE, "shared": 1}}, "moe_4t4i_shared"),
+        ({"feed_forward": {"kind": "dense"}, "depth": {"kind": "mod"}}, "mod_dense"),
+        ({"feed_forward": SPARSE, "depth": {"kind": "mod_quota"}, "attention": {"kind": "untied"}},
+         "mod_quota_moe_4t4i_untied"),
+        ({"feed_forward": SPARSE, "objective": {"kind": "next_token", "aux_weight": 1.0}}, "moe_4t4i_joint"),
     ],
-)
-def test_variants_have_the_papers_names(study: dict, feed_forward: dict, name: str) -> None:
+)  # fmt: skip
+def test_variants_have_the_papers_names(study: dict, config: dict, name: str) -> None:
     run = read_run(study["runs"][0])
-    run.config["feed_forward"] = feed_forward
-    assert run.variant == name
+    run.config.update(config)
+    assert run.variant == name and run.is_dense == (name == "dense")
+    run.meta["upcycled"] = {"seed_run": "somewhere"}
+    assert run.variant == f"{name}_upcycled"
