@@ -76,11 +76,13 @@ VERBS = {
 
 @dataclass(frozen=True)
 class Composed:
-    """One verb's configuration, the option chosen in each config group, and the mapping for the records."""
+    """One verb's configuration, the option chosen in each config group, the mapping for the records, and what the
+    user gave."""
 
     config: Any
     choices: dict[str, str]
     resolved: dict[str, Any]
+    overrides: tuple[str, ...] = ()
 
 
 def share(name: str) -> Path:
@@ -102,7 +104,7 @@ def compose(verb: str, overrides: list[str]) -> Composed:
     """The verb's configuration with Hydra overrides applied; a user's mistake is a ValueError of one line."""
     mapping, choices = raw(verb, overrides)
     config = build(locate(VERBS[verb].config), mapping)
-    return Composed(config, choices, plain(config))
+    return Composed(config, choices, plain(config), tuple(overrides))
 
 
 def raw(verb: str, overrides: list[str], complete: bool = True) -> tuple[dict[str, Any], dict[str, str]]:

@@ -56,6 +56,7 @@ METRICS = {
     "router/{router}/score_{modality}": "1: mean score of the chosen tokens of a modality",
     "router/{router}/entropy_{modality}": "1: entropy of the experts' loads over its maximum (1: equal loads)",
     "router/{router}/dropped_{modality}": "1: share of a modality's choices that a capacity refused",
+    "router/{router}/similarity_{modality}": "1: mean cosine similarity of the weights of two experts of a group",
     "router/{router}/grad_norm": "1: L2 norm of a main router's gradient before clipping, on the logged step",
     "l1": "1: mean absolute error of reconstructed pixels in [-1, 1] (image tokenizer)",
     "perceptual": "1: distance of picture features (image tokenizer)",

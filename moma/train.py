@@ -27,6 +27,7 @@ from moma.data.plan import Plan, PlanShape
 from moma.data.shards import corpus_hash, open_corpus
 from moma.distributed import ParallelConfig, autocast, choose_device, choose_precision, compile_blocks
 from moma.evaluation import perplexity
+from moma.evaluation.diagnostics import specialisation
 from moma.log import LogConfig, Progress, RunLog
 from moma.meter import Meter
 from moma.modality import Vocabulary
@@ -165,12 +166,7 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     precision = config.precision
     if precision == "auto":
         precision = meta.get("precision") or choose_precision("auto", device)
-    identity = {
-        **resolved,
-        "precision": precision,
-        "vocab_hash": vocab.hash,
-        "plan": plan.identity(corpus_hash(config.data.corpus, "train"), vocab.hash),
-    }
+    identity = identity_of(resolved, precision, vocab, plan, config.data.corpus)
     if meta:
         check_identity(meta["config"], identity, run_dir)
 
@@ -229,6 +225,26 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         finally:
             loader.close()
             log.close()
+
+
+def identity_of(
+    resolved: dict[str, Any], precision: str, vocab: Vocabulary, plan: Plan, corpus: Path
+) -> dict[str, Any]:
+    """The configuration of a run with everything its numbers depend on filled in."""
+    facts = {"precision": precision, "vocab_hash": vocab.hash}
+    return {**resolved, **facts, "plan": plan.identity(corpus_hash(corpus, "train"), vocab.hash)}
+
+
+def provenance(identity: dict[str, Any], git: dict[str, Any]) -> dict[str, Any]:
+    """What every checkpoint says of the run and the software that made it."""
+    return {
+        "config": identity,
+        "git": git,
+        "vocab_hash": identity["vocab_hash"],
+        "precision": identity["precision"],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def step_flops(objective: NextTokenConfig | AuxRoutersConfig, flops: dict[str, float], aux: float) -> float:
@@ -434,7 +450,12 @@ class _Run:
         batches = validation_batches(config.data.corpus, self.vocab, config.data, config.eval.batches, self.device)
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
             metrics = perplexity(self.model, batches, self.vocab, "train")
-        return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")}
+        grown = {
+            f"router/{router}/similarity_{group}": value
+            for router, groups in specialisation(self.model).items()
+            for group, value in groups.items()
+        }
+        return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")} | grown
 
     def _router_gradients(self) -> dict[str, torch.Tensor]:
         """L2 norm of every main router's gradient before clipping: under post-norm it nearly vanishes for tokens that
@@ -448,12 +469,7 @@ class _Run:
 
     def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog) -> None:
         meta = {
-            "config": self.identity,
-            "git": self.git,
-            "vocab_hash": self.vocab.hash,
-            "precision": self.precision,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **provenance(self.identity, self.git),
             "data": data_state,
             "meter": meter.state(),
             "metrics_offset": log.offset(),

@@ -19,7 +19,6 @@ feed-forwards, experts of another width, shared experts, shared attention from u
 """
 
 import hashlib
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -31,30 +30,36 @@ import torch
 from torch import Tensor
 
 from moma import checkpoint
-from moma.config import Composed, build, compose, plain, raw
+from moma.config import Composed, build, plain
 from moma.config import diff as config_diff
 from moma.data.batch import Batch
 from moma.data.plan import Plan
-from moma.data.shards import corpus_hash, open_corpus, write_json
+from moma.data.shards import open_corpus, write_json
 from moma.distributed import choose_device
 from moma.meter import Meter
 from moma.modality import Vocabulary
 from moma.model.attention import SharedAttentionConfig, UntiedAttentionConfig, document_mask
 from moma.model.feed_forward import DenseConfig, FeedForwardConfig
-from moma.model.flops import parts_of, totals
+from moma.model.flops import aux_flops, parts_of, totals
 from moma.model.loss import linear_cross_entropy
 from moma.model.routing.token_choice import TokenChoiceConfig
 from moma.model.transformer import ARCHITECTURE, Architecture, Transformer, build_model
 from moma.objectives import NextTokenConfig, Tallies, freeze_for, is_aux, loss_tallies, router_tallies, routing_noise
 from moma.optim import build_optimizer, learning_rate
-from moma.schema import leaves
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
-from moma.train import TrainConfig, default_run_dir, git_state, validation_batches
+from moma.train import (
+    TrainConfig,
+    default_run_dir,
+    git_state,
+    identity_of,
+    provenance,
+    step_flops,
+    validation_batches,
+)
 
 SAME = (
     "model", "depth", "vocab_hash", "data.rows", "data.row_length", "data.images", "data.mixture", "seed.data", "plan",
 )  # fmt: skip
-UNITS = {"steps", "tokens", "flops", "percent"}
 CHUNK_TOKENS = 1024  # of logits compared at a time
 
 
@@ -94,7 +99,7 @@ def main(composed: Composed) -> int:
     config: UpcycleConfig = composed.config
     run_dir = config.run_dir or upcycled_run_dir(composed)
     upcycle(config, run_dir)
-    print(f"go on with:\n  {train_command(target_settings(config, run_dir), composed.choices)}")
+    print(f"go on with:\n  {train_command(composed.overrides, run_dir)}")
     return 0
 
 
@@ -128,12 +133,7 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
     )
     newest, meta = _seed(config.seed_run)
     precision = meta["precision"] if config.precision == "auto" else config.precision
-    identity = {
-        **target_settings(config, run_dir),
-        "precision": precision,
-        "vocab_hash": vocab.hash,
-        "plan": plan.identity(corpus_hash(config.data.corpus, "train"), vocab.hash),
-    }
+    identity = identity_of(target_settings(config, run_dir), precision, vocab, plan, config.data.corpus)
     changed, _ = config_diff(meta["config"], identity, SAME)
     if changed:
         raise ValueError(
@@ -186,12 +186,7 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
             0,
             state,
             {
-                "config": identity,
-                "git": git_state(),
-                "vocab_hash": vocab.hash,
-                "precision": precision,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
+                **provenance(identity, git_state()),
                 "data": meta["data"],
                 "meter": Meter().state(),
                 "metrics_offset": 0,
@@ -224,8 +219,10 @@ def _seed(run_dir: Path) -> tuple[Path, dict[str, Any]]:
 def _flops_per_token(config: TrainConfig, vocab: Vocabulary) -> float:
     with torch.device("meta"):
         model = Transformer(config.architecture, vocab.size, vocab.modalities, config.objective.needs_aux_routers)
-    parts = parts_of(model, config.data.row_length, config.data.modality_shares(vocab))
-    return totals(parts)["flops_per_token_train"]
+    shares = config.data.modality_shares(vocab)
+    return step_flops(
+        config.objective, totals(parts_of(model, config.data.row_length, shares)), aux_flops(model, shares)
+    )
 
 
 # ---- which pairs have a copy ----------------------------------------------------------------------------------------
@@ -469,47 +466,7 @@ def _print(record: dict[str, Any], run_dir: Path, n_parameters: int) -> None:
         )
 
 
-# ---- the command to go on -------------------------------------------------------------------------------------------
-
-
-def train_command(wanted: dict[str, Any], choices: dict[str, str]) -> str:
-    """`moma train` with the overrides that resolve to `wanted`, config groups first; in words where a group's option is
-    none of moma's own."""
-    try:
-        overrides = _overrides(wanted, choices)
-        if compose("train", overrides).resolved == wanted:
-            return shlex.join(["moma", "train", *overrides])
-    except ValueError:
-        pass
-    return f"moma train, with the same overrides and run_dir={shlex.quote(wanted['run_dir'])}"
-
-
-def _overrides(wanted: dict[str, Any], choices: dict[str, str]) -> list[str]:
-    """Hydra overrides of `moma train` for a resolved configuration."""
-    _, usual = raw("train", [])
-    overrides = [f"{group}={option}" for group, option in choices.items() if usual.get(group) != option]
-    mapping, _ = raw("train", overrides)
-    base, target = leaves(compose("train", overrides).resolved), leaves(wanted)
-    known = {path[: dot.start()] for path in leaves(mapping) for dot in re.finditer(r"\.|$", path)}
-    for path, value in target.items():
-        parent, _, unit = path.rpartition(".")
-        duration = unit in UNITS and all(f"{parent}.{other}" in target for other in UNITS)
-        if (path in base and base[path] == value) or (duration and value is None):
-            continue
-        new = "" if (parent if duration else path) in known else "+"
-        overrides.append(f"{new}{path}={_written(value)}")
-    for path in base.keys() & leaves(mapping).keys() - target.keys():
-        if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in target):
-            overrides.append(f"~{path}")
-    return overrides
-
-
-def _written(value: Any) -> str:
-    """A value in the syntax of Hydra's overrides."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"(?!(null|true|false|nan|inf)$)[A-Za-z_/.][\w./-]*", value):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+def train_command(overrides: Iterable[str], run_dir: Path) -> str:
+    """The `moma train` that goes on in `run_dir`: the overrides of `moma upcycle` without its own."""
+    shared = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in (*OWN, "run_dir")]
+    return shlex.join(["moma", "train", *shared, f"run_dir={run_dir}"])

@@ -7,18 +7,32 @@ corpus=${1:-corpora/openstax} out=${2:-runs/rehearsal} jobs=${3:-2}
 export corpus out
 mkdir -p "$out"
 
-one() {  # NAME SEED OVERRIDES...: train, then evaluate
-  name=$1 seed=$2; shift 2
-  run="$out/$name-s$seed"
+train() {  # RUN SEED OVERRIDES...
+  local run="$out/$1-s$2" seed=$2
+  shift 2
   moma train data.corpus="$corpus" data.images=5 parallel.threads=1 seed.data="$seed" seed.init="$seed" \
-    duration.tokens=491520 eval.interval.percent=25 "run_dir=$run" "$@" > "$run.log" 2>&1 || { echo "failed: $run"; return 1; }
-  case "$*" in  # a model's causal routers need their base run's overrides beside init_from
-    *aux_routers*|*dense*|*threshold*|*aux_weight*) ;;
-    *) one "$name-aux" "$seed" "$@" objective=aux_routers optim=aux_routers init_from="$run" duration.tokens=147456 ;;
-  esac
-  [ -f "$run/eval.json" ] || moma evaluate run="$run" batches=24 "error_rates=[0.0, 0.005, 0.02, 0.1]" > "$run.eval.log" 2>&1 || echo "failed: evaluation of $run"
+    eval.interval.percent=25 "run_dir=$run" duration.tokens=491520 "$@" > "$run.log" 2>&1 || echo "failed: $run"
 }
-export -f one
+
+evaluate() {  # RUN SEED OVERRIDES...
+  local run="$out/$1-s$2"
+  shift 2
+  [ -f "$run/eval.json" ] || moma evaluate run="$run" batches=24 "$@" > "$run.eval.log" 2>&1 || echo "failed: evaluation of $run"
+}
+
+one() {  # NAME SEED OVERRIDES...: train, its causal routers where it needs some, evaluate
+  local name=$1 seed=$2
+  train "$@"
+  case "$name" in
+    dense) evaluate "$name" "$seed" ;;
+    moe_4t4i | moe_8x)
+      shift 2
+      train "$name-aux" "$seed" "$@" objective=aux_routers optim=aux_routers init_from="$out/$name-s$seed" duration.tokens=147456
+      evaluate "$name-aux" "$seed" "error_rates=[0.0, 0.005, 0.02, 0.1]" ;;
+    *) evaluate "$name" "$seed" "error_rates=[0.0, 0.005, 0.02, 0.1]" ;;
+  esac
+}
+export -f train evaluate one
 
 for seed in 0 1 2; do
   printf '%s\0' "dense $seed feed_forward=dense" "moe_4t4i $seed feed_forward=moe_4t4i" \

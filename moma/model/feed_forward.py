@@ -273,18 +273,21 @@ class SparseFeedForward(nn.Module):
     ) -> tuple[Slots, RouterStats]:
         n_tokens, rule, config = slot_T.numel(), self.rule, self.selection
         choice: Choice | None = None
-        slots: Slots | None = None
+        ruled: Slots | None = None
         reference_TE: Tensor | None = None
         if mode == "train" or reference:
             choice = rule.choose(config, logit_NE, group)
-            slots = _slots(choice, index_N, n_tokens)
-            gate_NE, reference_TE = choice.gate_NE, slots.slots_TC >= 0
-        if mode != "train" or flip_NE is not None or slots is None:
-            if mode != "train":
-                selected_NE = self._alone(logit_NE, aux_NE, group.state, mode)
-            else:
+            ruled = _slots(choice, index_N, n_tokens)
+            reference_TE = ruled.slots_TC >= 0
+        if mode == "train" and flip_NE is None:
+            assert choice is not None and ruled is not None
+            gate_NE, slots = choice.gate_NE, ruled
+        else:
+            if mode == "train":
                 assert flip_NE is not None and reference_TE is not None
                 selected_NE = reference_TE[index_N] ^ flip_NE
+            else:
+                selected_NE = self._alone(logit_NE, aux_NE, group.state, mode)
             if group.valid_N is not None:
                 selected_NE = selected_NE & group.valid_N[:, None]
             gate_NE = rule.gate(config, logit_NE, selected_NE)

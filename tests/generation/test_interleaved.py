@@ -202,9 +202,7 @@ def test_the_training_rule_is_refused(variants, make_model):
     for name in ("moe_4t4i", "mod_dense"):
         bare = make_model(variants[name])
         assert causal_mode(bare, "threshold") == "threshold"
-        with pytest.raises(
-            ValueError, match="got a model without auxiliary routers, need them .* in mode aux: use"
-        ):
+        with pytest.raises(ValueError, match="got a model without auxiliary routers, need them .* in mode aux: use"):
             causal_mode(bare, "aux")
 
 

@@ -165,12 +165,13 @@ def swiglu(v, experts, e):
 
 
 def pairs_by_hand(layer, logit, state, mode, aux, n_slots):
-    """Pairs (place in the group, expert) that a group's experts compute, and the function of their gates."""
+    """Pairs (place in the group, expert) that a group's experts compute, and their gates given all pairs."""
     config, kind, (n, size) = layer.selection, layer.selection.kind, logit.shape
     if kind == "token_choice":
         chosen = [first((p.softmax(0) + state["bias"]).tolist(), config.k) for p in logit]
         p = logit.softmax(1)
-        return {(i, e) for i in range(n) for e in chosen[i]}, lambda i, e: p[i, e] / sum(p[i, o] for o in chosen[i])
+        pairs = {(i, e) for i in range(n) for e in chosen[i]}
+        return pairs, lambda i, e, taken: p[i, e] / sum(p[i, o] for o in range(size) if (i, o) in taken)
     if mode in ("aux", "aux_calibrated") and kind == "expert_choice":
         cutoff = torch.zeros(size) if mode == "aux" else state["aux_cutoff"]
         pairs = {(i, e) for i in range(n) for e in range(size) if aux[i, e] > cutoff[e]}
@@ -180,7 +181,7 @@ def pairs_by_hand(layer, logit, state, mode, aux, n_slots):
         pairs = {(i, e) for e in range(size) for i in above[e][:room]}
     else:
         pairs = {(i, e) for e in range(size) for i in first(logit[:, e].tolist(), n // size)}
-    return pairs, lambda i, e: sigmoid(logit[i, e])
+    return pairs, lambda i, e, taken: sigmoid(logit[i, e])
 
 
 def feed_forward_by_hand(layer, x, tokens, batch, mode, flips, n_slots):
@@ -198,16 +199,14 @@ def feed_forward_by_hand(layer, x, tokens, batch, mode, flips, n_slots):
             for t in members:
                 out[t] = out[t] + swiglu(x[t], layer.experts[m], 0)
             continue
-        pairs, gate = set(), None
-        if members:
-            group = torch.stack([x[t] for t in members])
-            logit = group @ layer.router[:, column : column + size]
-            aux = layer.aux[routed](group) if len(layer.aux) else None
-            state = {key: value[column : column + size] for key, value in layer.routing_state().items()}
-            pairs, gate = pairs_by_hand(layer, logit, state, mode, aux, n_slots)
+        group = torch.stack([x[t] for t in members]) if members else torch.zeros(0, DIM, dtype=DOUBLE)
+        logit = group @ layer.router[:, column : column + size]
+        aux = layer.aux[routed](group) if len(layer.aux) else None
+        state = {key: value[column : column + size] for key, value in layer.routing_state().items()}
+        pairs, gate = pairs_by_hand(layer, logit, state, mode, aux, n_slots)
         pairs ^= {(members.index(t), c - column) for c, t in flips if t in members and column <= c < column + size}
         for i, e in sorted(pairs):
-            out[members[i]] = out[members[i]] + gate(i, e) * swiglu(x[members[i]], layer.experts[m], e)
+            out[members[i]] = out[members[i]] + gate(i, e, pairs) * swiglu(x[members[i]], layer.experts[m], e)
             computed.add((column + e, members[i]))
         column, routed = column + size, routed + 1
     return out, computed
@@ -288,9 +287,9 @@ def assert_equal_to_loops(block, x_RLD, batch, mode="train", gradients=True, **f
     return tokens, stats
 
 
-@pytest.fixture(params=FEED_FORWARDS.values(), ids=FEED_FORWARDS.keys())
+@pytest.fixture(params=list(FEED_FORWARDS))
 def feed_forward(request):
-    return request.param
+    return FEED_FORWARDS[request.param]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -319,11 +318,13 @@ def test_three_modalities_equal_the_loops(kind, attention, new_block, three_moda
         assert_equal_to_loops(block, states(batch), batch)
 
 
+@pytest.mark.parametrize("name", ["dense", "token_choice"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_scores_let_the_earlier_token_in(kind, padded, feed_forward, new_block, vocabulary):
+def test_equal_scores_let_the_earlier_token_in(kind, padded, name, new_block, vocabulary):
+    """Not with inner rules over the batch, whose order rounding in attention decides."""
     batch = batch_of(*LAYOUTS["mixed"], vocabulary, padded)
-    block, x_TD = new_block(feed_forward, kind), states(batch).flatten(0, 1)
+    block, x_TD = new_block(FEED_FORWARDS[name], kind), states(batch).flatten(0, 1)
     score_T = (x_TD @ block.depth_router)[:, 0]
     copies = score_T.argsort()[7:19].sort().values  # they straddle the capacity of 12 of 24
     x_TD[copies] = x_TD[copies[0]].clone()
@@ -408,14 +409,15 @@ def test_what_is_not_let_in_reaches_nobody(kind, feed_forward, new_block, vocabu
         assert torch.equal(got[others], clean[others])
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_graph_serves_batches_of_differing_content(kind, feed_forward, padded, new_block, vocabulary):
+@pytest.mark.parametrize(
+    "name, padded", [("dense", False), ("4t4i", False), ("4t4i", True), ("token_choice", False), ("threshold", False)]
+)
+def test_one_graph_serves_batches_of_differing_content(name, padded, kind, new_block, vocabulary):
     """Static shapes though the number of text tokens let in differs; forward and backward, compiled once."""
-    if padded and "all" in getattr(feed_forward, "experts", {"all": 1}):
-        pytest.skip("the same graph as other rules in their padded form")
     torch._dynamo.reset()
-    eager, compiled = (new_block(feed_forward, kind, 0.5, "untied" if padded else "shared") for _ in range(2))
+    attention = "untied" if name == "4t4i" else "shared"
+    eager, compiled = (new_block(FEED_FORWARDS[name], kind, 0.5, attention) for _ in range(2))
     counter, n_text = CompileCounterWithBackend("aot_eager"), set()
     compiled.compile(backend=counter, fullgraph=True)
     rows, documents = LAYOUTS["padding" if padded else "mixed"]
@@ -502,15 +504,15 @@ def test_later_tokens_change_nothing_before_them(kind, mode, feed_forward, new_b
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("mode", CAUSAL_MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_with_caches_equals_the_full_forward(kind, mode, attention, variants, make_model):
+def test_decoding_with_caches_equals_the_full_forward(kind, mode, attention, variants, make_model, make_batch, settle):
     """Left padding, absent tokens, a restart: every row's states are those of its document alone, without caches."""
     variant = replace(
         variants["moe_4t4i"], attention=ATTENTIONS[attention], depth=DepthConfig(kind, capacity=0.5, interval=1)
     )
     vocab, let_in = variant.vocabulary, []
     model = make_model(variant, aux_routers=True, n_kv_heads=1)
-    for block in model.blocks:
-        shake(block)
+    shake(model)
+    settle(model, make_batch(vocab, seed=3))
     text, code = vocab.text_start, vocab.image_start
     long = [vocab.bos, text, text + 5, vocab.boi, *range(code, code + 4), vocab.eoi, text + 9, text + 1]
     short = [vocab.bos, text + 7, vocab.boi, *range(code + 5, code + 9)]
@@ -520,12 +522,13 @@ def test_decoding_with_caches_equals_the_full_forward(kind, mode, attention, var
         document = torch.zeros_like(ids)
         mask, groups = document_mask(document), padded_groups(ids, document == 0, vocab)
         h_RLD, stats = model(ids, torch.arange(len(row))[None], mask, groups, mode)
-        let_in.extend(s.selected_TE.any(1).double().mean() for name, s in stats.items() if name.endswith("depth"))
+        let_in.append(torch.stack([s.selected_TE.any(1) for name, s in stats.items() if name.endswith("depth")], 1))
         return h_RLD[0]
 
     with torch.no_grad():
         full = alone(long), alone(short)
-        assert 0.1 < min(let_in) and max(let_in) < 0.9, "some tokens in, some out"
+        share = torch.cat(let_in).double().mean(0)
+        assert 0 < share.min() and share.max() < 1, "some tokens in, some out"
         decoder, pad = Decoder(model, vocab, 2, 2 * len(long) + 3, mode), len(long) - len(short)
         tokens = torch.tensor([long, [vocab.pad] * pad + short])
         present = torch.tensor([[True] * len(long), [False] * pad + [True] * len(short)])
@@ -619,7 +622,7 @@ def test_planted_errors_turn_just_their_decisions_round(kind, name, new_block, v
     assert set(stats[".depth"].reference_TE.any(1).nonzero().flatten().tolist()) == reference
     if name == "dense":
         return
-    pairs = {(c, t) for c, t in [(0, 0), (1, 2), (2, 4), (0, 9), (2, 12), (1, 20), (2, 15)]}
+    pairs = {(c, t) for c in range(block.feed_forward.n_routed) for t in range(24) if (c + t) % 4 == 0}
     tokens, stats = assert_equal_to_loops(block, x_RLD, batch, flips=pairs)
     wrong = pairs_of(stats[""].selected_TE ^ stats[""].reference_TE)
     assert set(tokens) == reference and wrong == pairs & pairs_of(stats[""].member_TE) and wrong
@@ -635,6 +638,17 @@ def test_noise_follows_the_tokens(new_block, vocabulary):
     let_in = stats[".depth"].selected_TE
     assert torch.equal(run(block, x_RLD, batch, noise_TE=noise_TE * let_in)[0], noisy)
     assert not torch.allclose(run(block, x_RLD, batch)[0], noisy)
+
+
+def test_auxiliary_routers_learn_without_moving_the_model(new_block, vocabulary):
+    batch = batch_of(*LAYOUTS["padding"], vocabulary)
+    block, x_RLD = new_block(FEED_FORWARDS["4t4i"], "mod", aux=True), states(batch).requires_grad_()
+    _, stats = run(block, x_RLD, batch)
+    for name, own in (("", block.feed_forward.aux), (".depth", block.aux)):
+        block.zero_grad()
+        stats[name].aux_logit_TE.square().sum().backward(retain_graph=True)
+        moved = {p for p in block.parameters() if p.grad is not None and p.grad.any()}
+        assert moved == set(own.parameters()) and x_RLD.grad is None
 
 
 # --- precision, gradient of the router, errors -----------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_routing_state_starts_at_zero(variants, make_model):
 
 def test_scales(variant, make_model):
     """Standard deviations of the table, to sampling error."""
-    hidden = 96 if getattr(variant.feed_forward, "width", 1) == 1 else 64
+    hidden = int(96 * getattr(variant.feed_forward, "width", 1))
     ends = {  # what the name ends with, the first that fits: std
         "embedding.weight": EMBEDDING_STD,
         "head.weight": 64**-0.5,
