@@ -102,12 +102,13 @@ def test_a_signal_finishes_the_step_and_saves(made, tmp_path, capsys):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt_once_it_trains, daemon=True).start()
     assert main(command(made, tmp_path / "run", long)) == 0
     assert "run the same command to go on" in capsys.readouterr().out
     meta = checkpoint.read_meta(checkpoint.latest(tmp_path / "run" / "checkpoints"))
     assert 0 < meta["step"] < 10_000 and meta["data"]["number"] == meta["step"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_differences(made, tmp_path):

@@ -128,9 +128,11 @@ def test_statistics_come_from_every_router(variant, make_batch, make_model):
     assert all(s.aux_logit_TE is None for s in stats.values()) and model.routers().keys() == stats.keys()
 
 
-@pytest.mark.parametrize("padded, norm_order", [(False, "swin"), (False, "pre"), (True, "swin")])
+@pytest.mark.parametrize("padded, norm_order", [(False, "swin"), (True, "pre")])
 def test_one_graph_serves_every_block_and_batch(variant, padded, norm_order, make_batch, make_model, rebuild):
     """Forward and backward in one graph each per kind of block, for batches of differing content."""
+    if variant.depth.kind != "full" and padded:
+        pytest.skip("test_depth.py compiles the padded form of every kind of depth")
     torch._dynamo.reset()
     vocab = variant.vocabulary
     eager, compiled = make_model(variant, norm_order=norm_order), make_model(variant, norm_order=norm_order)
