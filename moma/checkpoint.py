@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 TMP = ".tmp-"
-FORMAT = 1
+FORMAT = 2
 LOCK = ".lock"
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
 # All that `.metadata` names for plain and for sharded tensors; calling any of them does nothing but make a value.

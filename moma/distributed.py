@@ -55,5 +55,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 def compile_blocks(model: Transformer, parallel: ParallelConfig, device: torch.device) -> None:
     """Compile every block as one graph with static shapes, where the configuration says so."""
     if parallel.compile == "on" or (parallel.compile == "auto" and device.type == "cuda"):
+        # one graph per kind of block: a model whose layers differ must not run into dynamo's limit
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + 8)
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)

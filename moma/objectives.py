@@ -1,5 +1,5 @@
-"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail, noise_seed) -> Outcome`; the loop
-never asks which it is.
+"""What a step minimises: `loss(config, model, batch, denominator, vocab, detail, disturbances) -> Outcome`; the
+loop never asks which it is.
 
     next_token     cross-entropy + z_weight * lse^2 + the routers' own losses      all parameters (Chameleon 2.3)
                    + aux_weight * BCE of the auxiliary routers, on detached states (joint training)
@@ -54,6 +54,10 @@ class NextTokenConfig:
 
     trains_model = True
 
+    def __post_init__(self) -> None:
+        if self.aux_weight < 0:
+            raise ValueError(f"got aux_weight={self.aux_weight}, need 0 (not trained along) or more: change it")
+
 
 @dataclass(frozen=True)
 class AuxRoutersConfig:
@@ -86,23 +90,23 @@ def run_model(
 
 
 def routing_noise(
-    model: Transformer, micro_batch: int, n_tokens: int, seed: int | None, training: bool
+    model: Transformer, micro_batch: int, n_tokens: int, seed: int, training: bool = True, gumbel: bool = False
 ) -> list[Disturbance] | None:
     """What the layers of `model` draw for one micro-batch of `n_tokens`; None if nothing.
 
-    `seed` None: no noise on logits; rules that draw in evaluation too (`training` False) then draw with seed 0.
+    Rules that draw do so where they say (some in evaluation too, where `seed` does not count); `gumbel` adds
+    Gumbel-sigmoid noise to the logits of the others.
     """
-    config = model.architecture.feed_forward
-    if not isinstance(config, SparseConfig):
+    if not isinstance(model.architecture.feed_forward, SparseConfig):
         return None
     device, found = model.embedding.weight.device, []
     for layer, block in enumerate(model.blocks):
-        own, key = block.feed_forward, f"{seed or 0}/{micro_batch}/{layer}"
+        own, key = block.feed_forward, f"{seed if training else 'evaluation'}/{micro_batch}/{layer}"
         noise_TE = None
         if isinstance(own, SparseFeedForward) and own.n_routed:
             if own.rule.draws is not None and own.rule.draws(own.selection, training):
                 noise_TE = gumbel_noise(key, n_tokens, own.n_routed, device)
-            elif config.noise != "none" and training and seed is not None:
+            elif gumbel and training:
                 noise_TE = gumbel_sigmoid_noise(key, n_tokens, own.n_routed, device)
         found.append(UNDISTURBED if noise_TE is None else Disturbance(noise_TE))
     return found if any(d.noise_TE is not None for d in found) else None
@@ -184,13 +188,9 @@ def next_token(
     denominator: float,
     vocab: Vocabulary,
     detail: bool,
-    noise_seed: int | None,
+    disturbances: list[Disturbance] | None = None,
 ) -> Outcome:
-    """Loss of one micro-batch, its sum divided by the step's `denominator`; `detail` adds routing statistics.
-
-    `noise_seed`: None turns the routers' Gumbel-sigmoid noise off.
-    """
-    disturbances = routing_noise(model, batch.number, batch.tokens_RL.numel(), noise_seed, True)
+    """Loss of one micro-batch, its sum divided by the step's `denominator`; `detail` adds routing statistics."""
     losses, stats = run_model(model, batch, denominator, "train", config.z_weight, disturbances)
     tallies = loss_tallies(losses, batch.target_RL.flatten(), vocab, config.z_weight)
     tallies |= router_tallies(stats, batch, vocab) if detail else {}
@@ -214,7 +214,7 @@ def aux_routers(
     denominator: float,
     vocab: Vocabulary,
     detail: bool,
-    noise_seed: int | None,
+    disturbances: list[Disturbance] | None = None,
 ) -> Outcome:
     """Mean BCE over the routers, weighted by the micro-batch's share of the step's targets; the model's own routing
     state stays, only the predictors' cut-offs move."""
@@ -240,12 +240,12 @@ def is_aux(name: str) -> bool:
 
 def freeze_for(config: Any, model: Transformer) -> None:
     """Leave trainable what the objective trains; raises ValueError where the model has nothing of it."""
+    if config.needs_aux_routers and not any(is_aux(name) for name, _ in model.named_parameters()):
+        raise ValueError(
+            "got a model whose routers need no predictors, need one with expert choice or mixture-of-depths to train "
+            "auxiliary routers: dense, moe_1t1i, token choice and threshold are causal as they are"
+        )
     if config.trains_model:
         return
-    if not any(is_aux(name) for name, _ in model.named_parameters()):
-        raise ValueError(
-            "got a model whose routers need no predictors, need one with expert choice or mixture-of-depths for "
-            "objective=aux_routers: dense, moe_1t1i, token choice and threshold are causal as they are"
-        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_aux(name))

@@ -35,9 +35,9 @@ from moma.model.attention import ATTENTIONS, AttentionConfig, SharedAttentionCon
 from moma.model.depth import DEPTHS, DepthBlock, DepthConfig, FullDepthConfig
 from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig, SparseConfig
 from moma.model.flops import aux_flops, parts_of, totals
-from moma.model.routing import State
+from moma.model.routing import Disturbance, State
 from moma.model.transformer import ARCHITECTURE, Architecture, ModelConfig, Transformer, build_model
-from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for, is_aux
+from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for, is_aux, routing_noise
 from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
 
@@ -191,13 +191,13 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
 
     shares = config.data.modality_shares(vocab)
     flops = totals(parts_of(model, config.data.row_length, shares))
-    flops_per_token = step_flops(config.objective, flops, aux_flops(model, shares))
+    flops_per_token = step_flops(config.objective, flops, aux_flops(model, shares)[1])
     tokens_per_step = config.data.tokens_per_step
     total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
     learning_rate(0, total, config.optim, tokens_per_step, flops_per_token)  # refuses bad schedules before work
     if meta and meta["total_steps"] != total:
         print(f"{run_dir}: {meta['total_steps']} steps before, {total} now: the learning rate follows the new horizon")
-    if config.eval.interval and not config.objective.needs_aux_routers:
+    if config.eval.interval and config.objective.trains_model:
         require_held_out(config.data.corpus, vocab)
     run = _Run(
         config,
@@ -212,7 +212,7 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         meta.get("window", {}),
         init_step,
         git_state(),
-        noise_seed(config, meta),
+        has_noise(config, meta),
         meta.get("upcycled"),
     )
     run.print_plan(flops, flops_per_token, sources, meta.get("step", 0))
@@ -247,23 +247,23 @@ def provenance(identity: dict[str, Any], git: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def step_flops(objective: NextTokenConfig | AuxRoutersConfig, flops: dict[str, float], aux: float) -> float:
+def step_flops(objective: NextTokenConfig | AuxRoutersConfig, flops: dict[str, float], aux_training: float) -> float:
     """FLOPs per token of what a step runs: forward and backward are 3 x forward, frozen parts run forward alone.
 
     Training the auxiliary routers of a finished model needs no loss head.
     """
     if objective.trains_model:
-        return flops["flops_per_token_train"] + (3 * aux if objective.needs_aux_routers else 0)
-    return flops["flops_per_token_forward"] - flops["flops_per_token_head"] + 3 * aux
+        return flops["flops_per_token_train"] + (aux_training if objective.needs_aux_routers else 0)
+    return flops["flops_per_token_forward"] - flops["flops_per_token_head"] + aux_training
 
 
-def noise_seed(config: TrainConfig, meta: dict[str, Any]) -> int | None:
-    """Seed of the routers' noise, None where the run has none: `upcycled` is for runs that began by upcycling."""
+def has_noise(config: TrainConfig, meta: dict[str, Any]) -> bool:
+    """Whether Gumbel-sigmoid noise is on in the pre-training: `upcycled` is for runs that began by upcycling."""
     sparse = config.feed_forward
     wanted = isinstance(sparse, SparseConfig) and (
         sparse.noise == "gumbel" or (sparse.noise == "upcycled" and bool(meta.get("upcycled")))
     )
-    return config.seed.init if wanted else None
+    return wanted and config.objective.trains_model
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
@@ -308,12 +308,12 @@ def load_parameters(model: Transformer, run_dir: Path, identity: dict[str, Any],
     model.load_state_dict(tensors, strict=False)
 
 
-def require_held_out(corpus: Path, vocab: Vocabulary) -> None:
-    """Raise ValueError where a corpus has no held-out document."""
+def require_held_out(corpus: Path, vocab: Vocabulary, remedy: str = "eval.interval=null") -> None:
+    """Raise ValueError where a corpus has no held-out document; `remedy`: the setting that needs none."""
     if not any(source.n_documents for source in open_corpus(corpus, "val", vocab.hash).values()):
         raise ValueError(
             f"got no held-out document in {corpus}, need some to evaluate: prepare it with val_fraction above 0, or "
-            "set eval.interval=null"
+            f"set {remedy}"
         )
 
 
@@ -362,7 +362,7 @@ class _Run:
     window: dict[str, list[float]]
     init_step: int | None
     git: dict[str, Any]  # of the code that runs, at its start
-    noise_seed: int | None  # of the routers' noise; None: the run has none
+    noise: bool  # Gumbel-sigmoid, on the routers' logits
     upcycled: dict[str, Any] | None  # what `moma upcycle` wrote about the seed
     stop_asked: bool = False
 
@@ -393,12 +393,13 @@ class _Run:
                     for batch in batches:
                         with autocast(self.precision, self.device):
                             loss, tallies, seen = objective(
-                                config.objective, self.model, batch, denominator, self.vocab, logs, self.noise_seed
+                                config.objective, self.model, batch, denominator, self.vocab, logs, self._drawn(batch)
                             )
                         loss.backward()
                         _add(window, tallies)
                         _add_observed(observed, seen, config.data.accumulation)
-                    routers = self._router_gradients() if logs else {}
+                    if logs:
+                        window |= self._router_gradients()
                     grad_norm = clip_(parameters, config.optim.clip_norm)
                     if aux_parameters:  # their gradients never change how the model's are clipped
                         clip_(aux_parameters, config.optim.clip_norm)
@@ -413,7 +414,6 @@ class _Run:
                 values: dict[str, float] = {}
                 if logs:
                     values = _means(window) | {"grad_norm": grad_norm.item(), "lr": lr} | meter.rates()
-                    values |= {name: value.item() for name, value in routers.items()}
                     values |= _source_metrics(data_state, loader.plan)
                     if step == self.total:
                         values |= meter.seconds()
@@ -443,9 +443,17 @@ class _Run:
             print(f"stopped after step {step} of {self.total}: run the same command to go on")
         return 0
 
+    def _drawn(self, batch: Batch) -> list[Disturbance] | None:
+        """What the routers draw for a micro-batch: in pre-training only."""
+        if not self.config.objective.trains_model:
+            return None
+        return routing_noise(
+            self.model, batch.number, batch.tokens_RL.numel(), self.config.seed.init, gumbel=self.noise
+        )
+
     def _validate(self) -> dict[str, float]:
         config = self.config
-        if config.objective.needs_aux_routers:
+        if not config.objective.trains_model:
             return {}
         batches = validation_batches(config.data.corpus, self.vocab, config.data, config.eval.batches, self.device)
         with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
@@ -457,14 +465,15 @@ class _Run:
         }
         return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")} | grown
 
-    def _router_gradients(self) -> dict[str, torch.Tensor]:
-        """L2 norm of every main router's gradient before clipping: under post-norm it nearly vanishes for tokens that
-        one expert computes."""
+    def _router_gradients(self) -> Tallies:
+        """L2 norm of every main router's gradient before clipping, as tallies: under post-norm it nearly vanishes for
+        tokens that one expert computes."""
         found = {}
         for name, module in self.model.routers().items():
             router = module.depth_router if isinstance(module, DepthBlock) else module.router
             if router is not None and router.grad is not None:
-                found[f"router/{name}/grad_norm"] = router.grad.norm()
+                norm = router.grad.norm()
+                found[f"router/{name}/grad_norm"] = torch.stack([norm, torch.ones_like(norm)])
         return found
 
     def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog) -> None:
@@ -486,7 +495,7 @@ class _Run:
         checkpoint.save(self.run_dir / "checkpoints", step, state, meta, self.config.checkpoint.keep_last)
 
     def _refuse_non_finite(self, values: dict[str, float], step: int, batches: list[Batch]) -> None:
-        bad = [n for n, v in values.items() if (n.startswith("loss") or n == "grad_norm") and v - v != 0]
+        bad = [n for n, v in values.items() if (n.startswith("loss") or n in ("aux_loss", "grad_norm")) and v - v != 0]
         if bad:
             numbers = [batch.number for batch in batches]
             raise ValueError(

@@ -18,7 +18,6 @@ micro-batches: their shape is part of the model), and what has no exact copy: on
 feed-forwards, experts of another width, shared experts, shared attention from untied.
 """
 
-import hashlib
 import shlex
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -46,6 +45,7 @@ from moma.model.routing.token_choice import TokenChoiceConfig
 from moma.model.transformer import ARCHITECTURE, Architecture, Transformer, build_model
 from moma.objectives import NextTokenConfig, Tallies, freeze_for, is_aux, loss_tallies, router_tallies, routing_noise
 from moma.optim import build_optimizer, learning_rate
+from moma.seeds import generator
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
 from moma.train import (
     TrainConfig,
@@ -53,6 +53,7 @@ from moma.train import (
     git_state,
     identity_of,
     provenance,
+    require_held_out,
     step_flops,
     validation_batches,
 )
@@ -142,13 +143,8 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
         )
     seed_config = build(Architecture, {name: meta["config"][name] for name in ARCHITECTURE})
     check_pair(seed_config, config.architecture, vocab.modalities)
-    if config.report_batches and not any(
-        source.n_documents for source in open_corpus(config.data.corpus, "val", vocab.hash).values()
-    ):
-        raise ValueError(
-            f"got no held-out document in {config.data.corpus}, need some to compare with the seed: prepare it with "
-            "val_fraction above 0, or set report_batches=0"
-        )
+    if config.report_batches:
+        require_held_out(config.data.corpus, vocab, "report_batches=0")
     units = (config.data.tokens_per_step, _flops_per_token(config, vocab))
     total = config.duration.to_steps(*units, None)
     learning_rate(0, total, config.optim, *units)  # refuses bad schedules before work
@@ -221,7 +217,7 @@ def _flops_per_token(config: TrainConfig, vocab: Vocabulary) -> float:
         model = Transformer(config.architecture, vocab.size, vocab.modalities, config.objective.needs_aux_routers)
     shares = config.data.modality_shares(vocab)
     return step_flops(
-        config.objective, totals(parts_of(model, config.data.row_length, shares)), aux_flops(model, shares)
+        config.objective, totals(parts_of(model, config.data.row_length, shares)), aux_flops(model, shares)[1]
     )
 
 
@@ -347,9 +343,8 @@ def copy_seed(model: Transformer, tensors: Mapping[str, Tensor], copy_noise: flo
             continue
         std = tensors[source].std().cpu() * copy_noise
         for expert in range(1, len(own)):
-            digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            own[expert] += (torch.randn(own[expert].shape, generator=generator) * std).to(own)
+            noise = torch.randn(own[expert].shape, generator=generator(f"{seed}/{name}/{expert}"))
+            own[expert] += (noise * std).to(own)
 
 
 def seed_model(config: Architecture, tensors: dict[str, Tensor], vocab: Vocabulary) -> Transformer:
@@ -393,7 +388,7 @@ def compare(seed: Transformer, target: Transformer, batches: Iterable[Batch], vo
         hidden = {}
         target_T, mask = batch.target_RL.flatten(), document_mask(batch.document_RL)
         for name, model in (("seed", seed), ("upcycled", target)):
-            noise = routing_noise(model, batch.number, target_T.numel(), None, training=False)
+            noise = routing_noise(model, batch.number, target_T.numel(), 0, training=False)
             hidden_RLD, stats = model(
                 batch.tokens_RL, batch.position_RL, mask, batch.groups, "train", disturbances=noise
             )

@@ -157,7 +157,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"format": 9}))
-    with pytest.raises(ValueError, match="of format 9, need 1: use the moma that wrote it"):
+    with pytest.raises(ValueError, match="of format 9, need 2: use the moma that wrote it"):
         load(folder, state)
     (folder / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="got a damaged .*meta.json .*: remove .*, resume from before"):

@@ -144,6 +144,13 @@ def test_joint_training_of_aux_routers_leaves_the_model_alone(made, tmp_path):
     rows, plain = lines(tmp_path / "joint"), lines(tmp_path / "without")
     assert [r["loss"] for r in rows] == [r["loss"] for r in plain] and rows[-1]["aux_loss"] < rows[0]["aux_loss"]
     assert [r["grad_norm"] for r in rows] == [r["grad_norm"] for r in plain]
+    main(command(made, tmp_path / "held", "objective.aux_weight=1.0", "eval.interval.steps=4"))
+    assert "val_loss" in lines(tmp_path / "held")[-1]
+    with pytest.raises(ValueError, match="got aux_weight=-1.0, need 0 .not trained along. or more: change it"):
+        command(made, tmp_path / "less", "objective.aux_weight=-1.0")
+    with pytest.raises(ValueError, match="got a model whose routers need no predictors"):
+        main(command(made, tmp_path / "none", "objective.aux_weight=1.0", "feed_forward=moe_4t4i_threshold"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_routing_state_follows_the_training(made, tmp_path):

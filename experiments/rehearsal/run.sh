@@ -11,23 +11,24 @@ train() {  # RUN SEED OVERRIDES...
   local run="$out/$1-s$2" seed=$2
   shift 2
   moma train data.corpus="$corpus" data.images=5 parallel.threads=1 seed.data="$seed" seed.init="$seed" \
-    eval.interval.percent=25 "run_dir=$run" duration.tokens=491520 "$@" > "$run.log" 2>&1 || echo "failed: $run"
+    eval.interval.percent=25 "run_dir=$run" duration.tokens=491520 "$@" > "$run.log" 2>&1 || { echo "failed: $run"; return 1; }
 }
 
 evaluate() {  # RUN SEED OVERRIDES...
   local run="$out/$1-s$2"
   shift 2
-  [ -f "$run/eval.json" ] || moma evaluate run="$run" batches=24 "$@" > "$run.eval.log" 2>&1 || echo "failed: evaluation of $run"
+  [ -f "$run/eval.json" ] || moma evaluate run="$run" batches=24 "$@" > "$run.eval.log" 2>&1 ||
+    { echo "failed: evaluation of $run"; return 1; }
 }
 
 one() {  # NAME SEED OVERRIDES...: train, its causal routers where it needs some, evaluate
   local name=$1 seed=$2
-  train "$@"
+  train "$@" || return 1
   case "$name" in
     dense) evaluate "$name" "$seed" ;;
     moe_4t4i | moe_8x)
       shift 2
-      train "$name-aux" "$seed" "$@" objective=aux_routers optim=aux_routers init_from="$out/$name-s$seed" duration.tokens=147456
+      train "$name-aux" "$seed" "$@" objective=aux_routers optim=aux_routers init_from="$out/$name-s$seed" duration.tokens=147456 || return 1
       evaluate "$name-aux" "$seed" "error_rates=[0.0, 0.005, 0.02, 0.1]" ;;
     *) evaluate "$name" "$seed" "error_rates=[0.0, 0.005, 0.02, 0.1]" ;;
   esac

@@ -14,7 +14,8 @@ kill cut off is left out.
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Run:
             rule = ffn.get("selection", {}).get("kind", "expert_choice")
             name += "" if rule == "expert_choice" else f"_{rule}"
             name += "_shared" if ffn.get("shared") else ""
+            name += "".join(_unusual(ffn))
         depth = self.config.get("depth", {}).get("kind", "full")
         name = name if depth == "full" else f"{depth}_{name}"
         attention = self.config.get("attention", {}).get("kind", "shared")
@@ -86,6 +88,17 @@ class Run:
         return self.metrics.get(name, np.full(len(self.metrics["step"]), math.nan))
 
 
+def _unusual(ffn: dict[str, Any]) -> Iterator[str]:
+    """What tells apart two models with the same experts and rule: settings off their usual values, short."""
+    usual = {"k": 1, "weights": "raw", "capacity_factor": (1.0, None), "second_choice": "argmax", "drop": "position"}
+    usual |= {"noise": "none", "layers": "all"}
+    for name, value in {**ffn, **ffn.get("selection", {})}.items():
+        ordinary = usual.get(name, value)
+        if value != ordinary and not (isinstance(ordinary, tuple) and value in ordinary):
+            plain = value if isinstance(value, str) else f"{name[0]}{json.dumps(value)}"
+            yield "_" + re.sub(r"[^\w.]+", "-", plain).strip("-")
+
+
 def read_run(folder: Path) -> Run:
     """The run in `folder`; raises ValueError where the folder is not a run, or its files are damaged."""
     folder = Path(folder)
@@ -94,7 +107,12 @@ def read_run(folder: Path) -> Run:
     meta = _newest_meta(folder)
     path = folder / "eval.json"
     found = _json(path, "run moma evaluate again") if path.is_file() else None
-    return Run(folder.resolve().name, read_metrics(folder / "metrics.jsonl"), meta, found, folder)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if seed := meta.get("upcycled"):  # what its seed cost counts: curves of upcycled runs begin there (MoMa 2.5)
+        for name in ("tokens", "flops"):
+            if name in metrics:
+                metrics[name] = metrics[name] + seed[f"seed_{name}"]
+    return Run(folder.resolve().name, metrics, meta, found, folder)
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:

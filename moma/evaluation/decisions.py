@@ -41,7 +41,7 @@ class Decisions:
 
 def evaluation_noise(model: Transformer, batch: Batch, mode: Mode) -> list[Disturbance] | None:
     """What rules that draw in evaluation too draw for a micro-batch; causal modes draw nothing."""
-    return routing_noise(model, batch.number, batch.tokens_RL.numel(), None, False) if mode == "train" else None
+    return routing_noise(model, batch.number, batch.tokens_RL.numel(), 0, training=False) if mode == "train" else None
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ Legend: T tokens, E columns of a router, P weights of one expert.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moma.evaluation.decisions import Decisions
@@ -98,9 +97,13 @@ def specialisation(model: Transformer) -> dict[str, dict[str, float]]:
         found[name] = {}
         for (group, size), experts in zip(router.groups.items(), router.experts, strict=True):
             if size > 1:
-                parts = [experts.get_parameter(weight).double().flatten(1) for weight in ("w13", "w2")]
-                weight_EP = F.normalize(torch.cat(parts, 1), dim=1)
-                similarity_EE = weight_EP @ weight_EP.T
+                gram_EE: Tensor | float = 0.0
+                for weight in ("w13", "w2"):  # one at a time: no copy of the experts
+                    flat_EP = experts.get_parameter(weight).flatten(1)
+                    gram_EE = gram_EE + (flat_EP @ flat_EP.T)
+                assert isinstance(gram_EE, Tensor)
+                length_E = gram_EE.diagonal().sqrt()
+                similarity_EE = gram_EE / (length_E[:, None] * length_E)
                 found[name][group] = ((similarity_EE.sum() - similarity_EE.trace()) / (size * (size - 1))).item()
     return found
 

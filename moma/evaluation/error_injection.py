@@ -9,7 +9,6 @@ errors of a smaller one and more. Refuses rates outside [0, 1] and a target that
 Legend: T tokens, E routed experts of a layer, C columns of a depth router.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -24,6 +23,7 @@ from moma.model.feed_forward import UNDISTURBED, SparseFeedForward
 from moma.model.routing import Disturbance
 from moma.model.transformer import Transformer
 from moma.objectives import loss_tallies, run_model
+from moma.seeds import generator
 
 Target = Literal["experts", "depth", "both"]
 
@@ -86,12 +86,11 @@ def _draw(model: Transformer, batch: Batch, seed: int) -> list[tuple[Tensor, Ten
     """Uniform numbers per layer, for its experts (T, E) and its depth router (T, 1); drawn on the CPU."""
     n_tokens, device, drawn = batch.tokens_RL.numel(), batch.tokens_RL.device, []
     for layer, block in enumerate(model.blocks):
-        digest = hashlib.sha256(f"errors/{seed}/{batch.number}/{layer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        source = generator(f"errors/{seed}/{batch.number}/{layer}")
         own = block.feed_forward
         n_routed = own.n_routed if isinstance(own, SparseFeedForward) else 0
-        depth_T1 = torch.rand(n_tokens, 1, generator=generator)
-        drawn.append((torch.rand(n_tokens, n_routed, generator=generator).to(device), depth_T1.to(device)))
+        depth_T1 = torch.rand(n_tokens, 1, generator=source)
+        drawn.append((torch.rand(n_tokens, n_routed, generator=source).to(device), depth_T1.to(device)))
     return drawn
 
 

@@ -17,7 +17,7 @@ Classifier-free guidance for pictures runs further rows beside the conditional o
     logits = none + guidance_image (image only - none) + guidance (full - image only)
 
 Equal scales are the two-way form none + guidance (full - none); 1 is off. Refuses routing mode `train` for
-models with routers: expert choice sees the future, and here there is none.
+models whose rule sees the future: here there is none.
 """
 
 from collections.abc import Callable, Sequence

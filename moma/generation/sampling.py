@@ -10,12 +10,13 @@ ascending).
 Legend: R rows, V columns (the ids allowed by the head in use), N steps.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moma.seeds import generator
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,5 @@ def row_uniforms(seed: int, rows: Sequence[int], n_steps: int) -> Tensor:
     """Uniform numbers in [0, 1), float64 (R, N) on the CPU; each row's generator is seeded by (seed, row number)."""
     numbers = []
     for row in rows:
-        digest = hashlib.sha256(f"{seed}/{row}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        numbers.append(torch.rand(n_steps, generator=generator, dtype=torch.float64))
+        numbers.append(torch.rand(n_steps, generator=generator(f"{seed}/{row}"), dtype=torch.float64))
     return torch.stack(numbers) if numbers else torch.zeros(0, n_steps, dtype=torch.float64)

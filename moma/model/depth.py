@@ -11,7 +11,7 @@ counts are constants. The chosen tokens form one flat sequence by (row, position
 attend to each other alone, inside their documents.
 
 The gate multiplies the update after its norms. Before them it would cancel out, rms_norm(g v) = rms_norm(v), and the
-router would learn nothing (`tests/model/test_depth.py`: a gradient 50,000 times smaller).
+router would learn next to nothing (shown in `tests/model/test_depth.py`).
 
 Causal modes decide for each token by itself, as in `feed_forward.py`: `aux` and `aux_calibrated` by an auxiliary
 router, `threshold` by the moving cut-off of the score. With caches every token is computed and those that the router
@@ -33,7 +33,6 @@ from moma.model.aux_routers import AuxRouter
 from moma.model.block import Block, NormOrder
 from moma.model.experts import combine, dispatch, slots_of_tokens
 from moma.model.feed_forward import (
-    AUX_DECAY,
     UNDISTURBED,
     DenseFeedForward,
     Mode,
@@ -41,10 +40,11 @@ from moma.model.feed_forward import (
 )
 from moma.model.precision import full_precision
 from moma.model.routing import Disturbance, RouterStats, State
-from moma.model.routing.cutoff import cutoff_of, falling, moving_average
+from moma.model.routing.cutoff import AUX_STATE, CUTOFF_DECAY, aux_average, cutoff_of, falling, moving_average
 from moma.model.routing.expert_choice import taken
+from moma.model.routing.rule import register_state, state_of, write_state
 
-CUTOFF_DECAY = 0.99
+ROOM = 1024
 
 
 @dataclass(frozen=True)
@@ -106,23 +106,18 @@ class DepthBlock(Block):
         self.quota, self.capacity = config.kind == "mod_quota", Fraction(config.capacity).limit_denominator(10_000)
         self.depth_router = nn.Parameter(torch.empty(dim, 1))
         self.aux = AuxRouter(dim, 1) if aux_routers else None
-        self.state_names = ("cutoff", "age", *(("aux_cutoff", "aux_age") if aux_routers else ()))
-        for name in self.state_names:
-            self.register_buffer(f"routing_{name}", torch.zeros(n_modalities if self.quota else 1))
+        state = ("cutoff", "age", *(AUX_STATE if aux_routers else ()))
+        register_state(self, state, n_modalities if self.quota else 1)
 
     def routing_state(self) -> State:
         """The explicit routing state by name, fp32 (C,) each."""
-        return {name: self.get_buffer(f"routing_{name}") for name in self.state_names}
+        return state_of(self)
 
     @torch.no_grad()
     def update_routing(self, observed: State) -> None:
         """New moving cut-offs from what the step's micro-batches observed on average."""
-        state = self.routing_state()
-        new = moving_average(state, observed, CUTOFF_DECAY)
-        if self.aux is not None:
-            new = moving_average(new, observed, AUX_DECAY, "aux_cutoff", "aux_age")
-        for name, values in new.items():
-            state[name].copy_(values)
+        new = moving_average(self.routing_state(), observed, CUTOFF_DECAY)
+        write_state(self, new if self.aux is None else aux_average(new, observed))
 
     def forward(
         self,
@@ -152,7 +147,7 @@ class DepthBlock(Block):
         elif flip_TE is not None:
             in_T = (ranked_T ^ flip_TE.any(1)) & _member(parts).any(1)
         # causal modes and planted errors are for evaluation: there the number may depend on the data
-        token_K, slot_T = _slots(in_T, self._bound(parts) if by_rule else int(in_T.sum()))
+        token_K, slot_T = _slots(in_T, self._bound(parts) if by_rule else _room(in_T))
         assert mask.document_RL is not None
         x_KD = dispatch(x_TD, token_K, slot_T[:, None])
         inner = UNDISTURBED._replace(
@@ -239,7 +234,7 @@ class DepthBlock(Block):
     def _inner(self, groups: TokenGroups, token_K: Tensor, by_rule: bool) -> TokenGroups:
         """The modality groups of the chosen tokens; exact where their numbers are constants."""
         exact, n_slots = groups.valid is None, token_K.numel()
-        if self._blind() and (exact or not by_rule):  # every slot holds a token
+        if self._blind() and (exact or not by_rule):  # a slot without a token is computed for nobody
             every_K = torch.arange(n_slots, device=token_K.device)
             return TokenGroups((every_K,), (every_K,))
         members = [torch.where(token_K >= 0, slot_T[token_K.clamp(min=0)], -1) >= 0 for slot_T in groups.slot]
@@ -272,6 +267,13 @@ class DepthBlock(Block):
             member_TE=member_TC,
             observed=observed,
         )
+
+
+def _room(in_T: Tensor) -> int:
+    """Slots for a number of tokens that depends on the data (causal modes are for inference): just enough, on a GPU a
+    multiple of ROOM, so that its compiled attention sees few shapes."""
+    need, n_tokens = int(in_T.sum()), in_T.numel()
+    return min(n_tokens, -(-need // ROOM) * ROOM) if in_T.is_cuda else need
 
 
 def _member(parts: TokenGroups) -> Tensor:

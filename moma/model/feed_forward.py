@@ -35,14 +35,14 @@ from moma.model.aux_routers import AuxRouter
 from moma.model.experts import Experts, Slots, combine, equal_slots, ragged_slots
 from moma.model.precision import full_precision
 from moma.model.routing import SELECTIONS, Choice, Disturbance, Group, RouterStats, State
-from moma.model.routing.cutoff import cutoff_of, falling, moving_average
+from moma.model.routing.cutoff import AUX_STATE, aux_average, cutoff_of, falling
 from moma.model.routing.expert_choice import ExpertChoiceConfig
+from moma.model.routing.rule import register_state, state_of, write_state
 from moma.schema import kind_field
 
 Mode = Literal["train", "aux", "aux_calibrated", "threshold"]
 CAUSAL_MODES = ("aux", "aux_calibrated", "threshold")
 AUX_MODES = ("aux", "aux_calibrated")
-AUX_DECAY = 0.99  # of the auxiliary routers' moving cut-offs
 UNDISTURBED = Disturbance()
 SelectionConfig = Any  # the config of one of SELECTIONS
 
@@ -76,7 +76,9 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         if self.width <= 0 or self.shared < 0:
-            raise ValueError(f"got width={self.width} and shared={self.shared}, need width > 0 and shared >= 0")
+            raise ValueError(
+                f"got width={self.width} and shared={self.shared}, need width > 0 and shared >= 0: change feed_forward"
+            )
         if self.noise != "none" and SELECTIONS[self.selection.kind].draws:
             raise ValueError(
                 f"got noise={self.noise} for selection.kind={self.selection.kind}, need noise=none: Gumbel-sigmoid "
@@ -84,7 +86,8 @@ class SparseConfig:
             )
 
     def sparse_layers(self, n_layers: int) -> tuple[int, ...]:
-        """Numbers of the sparse layers, from 0; raises ValueError for one that does not exist."""
+        """Numbers of the sparse layers, from 0; raises ValueError for one that does not exist, and for a list of
+        expert numbers of another length."""
         named = {
             "all": range(n_layers),
             "interval": range(0, n_layers, 2),
@@ -96,12 +99,18 @@ class SparseConfig:
             raise ValueError(
                 f"got feed_forward.layers={self.layers}, need rising layer numbers from 0 to {n_layers - 1}: change it"
             )
+        for name, wanted in self.experts.items():
+            if isinstance(wanted, tuple) and len(wanted) != len(chosen):
+                raise ValueError(
+                    f"got {len(wanted)} entries in feed_forward.experts.{name}, need one for each of the "
+                    f"{len(chosen)} sparse layers: give as many, or one number"
+                )
         return chosen
 
     def groups(self, modalities: tuple[str, ...], place: int = 0) -> dict[str, int]:
         """Experts per group of the `place`-th sparse layer, in the order of `modalities`.
 
-        Raises ValueError where the names or the number of list entries do not match.
+        Raises ValueError where the names do not match.
         """
         need = ("all",) if "all" in self.experts else modalities
         if set(self.experts) != set(need):
@@ -112,13 +121,9 @@ class SparseConfig:
         sizes = {}
         for name in need:
             wanted = self.experts[name]
-            if isinstance(wanted, tuple) and place >= len(wanted):
-                raise ValueError(
-                    f"got {len(wanted)} entries in feed_forward.experts.{name}, need one per sparse layer: add some"
-                )
             sizes[name] = wanted[place] if isinstance(wanted, tuple) else wanted
         if min(sizes.values()) < 1:
-            raise ValueError(f"got feed_forward.experts={self.experts}, need at least 1 in every group")
+            raise ValueError(f"got feed_forward.experts={self.experts}, need at least 1 in every group: raise it")
         return sizes
 
 
@@ -170,10 +175,8 @@ class SparseFeedForward(nn.Module):
         self.router = nn.Parameter(torch.empty(dim, self.n_routed)) if self.n_routed else None
         aux_routers = aux_routers and self.rule.alone is None
         self.aux = nn.ModuleList(AuxRouter(dim, size) for size in groups.values() if size > 1 and aux_routers)
-        self.state_names = self.rule.state if self.n_routed else ()
-        self.state_names += ("aux_cutoff", "aux_age") if len(self.aux) else ()
-        for name in self.state_names:
-            self.register_buffer(f"routing_{name}", torch.zeros(self.n_routed))
+        own = self.rule.state if self.n_routed else ()
+        register_state(self, own + (AUX_STATE if len(self.aux) else ()), self.n_routed)
 
     @property
     def needs_future(self) -> bool:
@@ -182,17 +185,14 @@ class SparseFeedForward(nn.Module):
 
     def routing_state(self) -> State:
         """The explicit routing state by name, fp32 (E,) each."""
-        return {name: self.get_buffer(f"routing_{name}") for name in self.state_names}
+        return state_of(self)
 
     @torch.no_grad()
     def update_routing(self, observed: State) -> None:
         """New routing state from what the step's micro-batches observed on average; the loop's business alone."""
         state = self.routing_state()
         new = state if self.rule.update is None else self.rule.update(self.selection, state, observed)
-        if len(self.aux):
-            new = moving_average(new, observed, AUX_DECAY, "aux_cutoff", "aux_age")
-        for name, values in new.items():
-            state[name].copy_(values)
+        write_state(self, aux_average(new, observed) if len(self.aux) else new)
 
     def forward(
         self,

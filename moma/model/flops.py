@@ -187,18 +187,26 @@ def _expert_rows(
     return Padding(held, needed)
 
 
-def aux_flops(model: Transformer, modality_shares: tuple[float, ...]) -> float:
-    """Forward FLOPs per token of the auxiliary routers: a token runs through those of its own group alone."""
-    total = 0.0
-    for router in model.routers().values():
-        if isinstance(router, DepthBlock):
-            total += 0 if router.aux is None else 2 * sum(p.numel() for p in router.aux.parameters())
-            continue
-        shares = (1.0,) if "all" in router.groups else modality_shares
-        routed = [share for share, size in zip(shares, router.groups.values(), strict=True) if size > 1]
-        for share, aux in zip(routed, router.aux, strict=False):
-            total += share * 2 * sum(p.numel() for p in aux.parameters())
-    return total
+def aux_flops(model: Transformer, modality_shares: tuple[float, ...]) -> tuple[float, float]:
+    """FLOPs per token of the auxiliary routers, forward and training: a token runs through those of its own group.
+
+    They read detached states, so their first matrix has no gradient with respect to its input: 2 x instead of 3 x.
+    """
+    forward = training = 0.0
+    for block in _blocks(model):
+        layer = block.feed_forward
+        found: list[tuple[float, nn.Module]] = []
+        if isinstance(block, DepthBlock) and block.aux is not None:
+            found.append((1.0, block.aux))
+        if isinstance(layer, SparseFeedForward):
+            shares = (1.0,) if "all" in layer.groups else modality_shares
+            routed = [share for share, size in zip(shares, layer.groups.values(), strict=True) if size > 1]
+            found += [(s * _capacity(block), aux) for s, aux in zip(routed, layer.aux, strict=False)]
+        for share, aux in found:
+            first, last = aux.get_parameter("w1").numel(), aux.get_parameter("w2").numel()
+            forward += share * 2 * (first + last)
+            training += share * 2 * (2 * first + 3 * last)
+    return forward, training
 
 
 def totals(table: dict[str, Part]) -> dict[str, float]:

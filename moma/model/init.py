@@ -23,10 +23,10 @@ Not much smaller than this: a SwiGLU's output shrinks with the square of its inp
 eps.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
+
+from moma.seeds import generator
 
 EMBEDDING_STD = 0.1
 SWIN_GAIN = 0.125
@@ -40,17 +40,12 @@ def init_weights(model: nn.Module, seed: int, depth_scale: float = 1.0, gain: fl
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _init(name, parameter, _generator(seed, name), depth_scale, gain)
+            _init(name, parameter, generator(f"{seed}/{name}"), depth_scale, gain)
         for buffer in model.buffers():  # routing state
             buffer.zero_()
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _init(name: str, parameter: Tensor, generator: torch.Generator, depth_scale: float, gain: float) -> None:
+def _init(name: str, parameter: Tensor, source: torch.Generator, depth_scale: float, gain: float) -> None:
     parts = name.split(".")
     leaf, owner = parts[-1], parts[-2]
     if leaf.endswith("bias"):
@@ -58,21 +53,21 @@ def _init(name: str, parameter: Tensor, generator: torch.Generator, depth_scale:
     elif owner.endswith("norm"):
         parameter.fill_(gain if owner in ("attention_norm", "feed_forward_norm") else 1.0)
     elif owner == "embedding":
-        _normal(parameter, EMBEDDING_STD, generator)
+        _normal(parameter, EMBEDDING_STD, source)
     elif leaf in ("wqkv", "wo"):  # untied attention: (modality, in, out)
-        _normal(parameter, (depth_scale if leaf == "wo" else 1.0) * parameter.shape[-2] ** -0.5, generator)
+        _normal(parameter, (depth_scale if leaf == "wo" else 1.0) * parameter.shape[-2] ** -0.5, source)
     elif owner in ("wqkv", "wo", "head"):  # nn.Linear stores (out, in)
         scale = depth_scale if owner == "wo" else 1.0
-        _normal(parameter, scale * parameter.shape[1] ** -0.5, generator)
+        _normal(parameter, scale * parameter.shape[1] ** -0.5, source)
     elif leaf in ("w13", "w2", "w1", "router", "depth_router"):  # ours are (..., in, out)
         scale = depth_scale if leaf == "w2" and ("experts" in parts or owner == "shared") else 1.0
-        _normal(parameter, scale * parameter.shape[-2] ** -0.5, generator)
+        _normal(parameter, scale * parameter.shape[-2] ** -0.5, source)
     else:
         raise KeyError(f"no initialisation for parameter {name}")
 
 
-def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+def _normal(parameter: Tensor, std: float, source: torch.Generator) -> None:
     """Drawn on the CPU in fp32, so that every device and precision starts from the same numbers."""
     values = torch.empty(parameter.shape, dtype=torch.float32)
-    nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+    nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=source)
     parameter.copy_(values)

@@ -120,6 +120,12 @@ SPARSE = {"kind": "sparse", "experts": {"text": 4, "image": 4}}
         ({"feed_forward": {"kind": "sparse", "experts": {"text": [4, 2], "image": 1}}}, "moe_4_2t1i"),
         ({"feed_forward": {**SPARSE, "selection": {"kind": "threshold"}}}, "moe_4t4i_threshold"),
         ({"feed_forward": {**SPARSE, "shared": 1}}, "moe_4t4i_shared"),
+        ({"feed_forward": {**SPARSE, "noise": "gumbel", "layers": "interval"}}, "moe_4t4i_gumbel_interval"),
+        ({"feed_forward": {**SPARSE, "noise": "none", "layers": [0, 3], "selection": {"capacity_factor": 2.0}}},
+         "moe_4t4i_l-0-3_c2.0"),
+        ({"feed_forward": {**SPARSE, "selection": {"kind": "token_choice", "k": 2, "weights": "renormalised",
+                                                   "capacity_factor": None}}},
+         "moe_4t4i_token_choice_k2_renormalised"),
         ({"feed_forward": {"kind": "dense"}, "depth": {"kind": "mod"}}, "mod_dense"),
         ({"feed_forward": SPARSE, "depth": {"kind": "mod_quota"}, "attention": {"kind": "untied"}},
          "mod_quota_moe_4t4i_untied"),
@@ -132,3 +138,19 @@ def test_variants_have_the_papers_names(study: dict, config: dict, name: str) ->
     assert run.variant == name and run.is_dense == (name == "dense")
     run.meta["upcycled"] = {"seed_run": "somewhere"}
     assert run.variant == f"{name}_upcycled"
+
+
+def test_an_upcycled_run_begins_where_its_seed_stopped(study: dict) -> None:
+    """What the seed cost is on the curve: eta of an upcycled run counts both stages."""
+    folder = study["runs"][0]
+    plain = read_run(folder)
+    path = max(folder.glob("checkpoints/*/meta.json"))
+    meta = json.loads(path.read_text())
+    before = path.read_text()
+    path.write_text(json.dumps(meta | {"upcycled": {"seed_run": "seed", "seed_tokens": 1000, "seed_flops": 5e9}}))
+    try:
+        upcycled = read_run(folder)
+    finally:
+        path.write_text(before)
+    assert (upcycled.metrics["flops"] - plain.metrics["flops"] == 5e9).all()
+    assert (upcycled.metrics["loss"] == plain.metrics["loss"]).all()

@@ -644,9 +644,9 @@ def test_sparse_layers_must_exist(layers):
 
 
 def test_a_list_of_expert_numbers_must_cover_the_sparse_layers():
-    config = SparseConfig({"text": (4, 2), "image": 1})
-    with pytest.raises(ValueError, match="got 2 entries in feed_forward.experts.text, need one per sparse layer"):
-        build_feed_forward(config, 2, 3, DIM, HIDDEN, TWO, False)
+    for config in (SparseConfig({"text": (4, 2), "image": 1}), SparseConfig({"text": (4, 2, 2, 9), "image": 1})):
+        with pytest.raises(ValueError, match="entries in feed_forward.experts.text, need one for each of the 3 sp"):
+            build_feed_forward(config, 2, 3, DIM, HIDDEN, TWO, False)
 
 
 @pytest.mark.parametrize("fields", [{"width": 0.0}, {"shared": -1}])

@@ -14,7 +14,7 @@ from moma.modality import TokenGroups
 from moma.model.attention import AttentionMask, UntiedAttentionConfig
 from moma.model.depth import DepthConfig
 from moma.model.feed_forward import DenseConfig, SparseConfig
-from moma.model.flops import Padding, padding_of, parts_of, totals
+from moma.model.flops import Padding, aux_flops, padding_of, parts_of, totals
 from moma.model.routing.expert_choice import ExpertChoiceConfig
 from moma.model.routing.threshold import ThresholdConfig
 from moma.model.routing.token_choice import TokenChoiceConfig
@@ -71,6 +71,26 @@ def test_grouped_queries_cost_less(variants):
     saved = full["attention_projections"].params - grouped["attention_projections"].params
     assert saved == 8 * 512 * 2 * 6 * 64
     assert grouped["attention_scores"] == full["attention_scores"]
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_flops_of_training_auxiliary_routers_are_what_torch_counts(variants, depth, make_model, make_batch):
+    """Forward and backward of the predictors alone, out of a whole forward pass; quotas keep inner counts constant."""
+    variant = variants["mod_quota_untied" if depth else "moe_4t4i"]
+    model, batch = make_model(variant, aux_routers=True, dtype=torch.float32), make_batch(variant.vocabulary, 0)
+    model.requires_grad_(False)
+    counted = []
+    for mode in ("forward", "training"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".aux." in name)
+        with FlopCounterMode(display=False) as counter:
+            _, stats = model(batch.tokens_RL, batch.position_RL, batch.mask, batch.groups)
+            if mode == "training":
+                torch.stack([s.aux_logit_TE.sum() for s in stats.values()]).sum().backward()
+        counted.append(counter.get_total_flops())
+    share = batch.groups.index[0].numel() / 75
+    forward, training = aux_flops(model, (share, 1 - share))
+    assert counted[1] - counted[0] == pytest.approx((training - forward) * 75, rel=0.02 if depth else 1e-9)
 
 
 def test_auxiliary_routers_are_counted_as_parameters_alone(variants):

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from moma.model.routing import Group
+from moma.model.routing.noise import gumbel_sigmoid_noise
 from moma.model.routing.threshold import RULE, ThresholdConfig
 
 
 def state_of(cutoff, age):
-    return {"cutoff": torch.tensor(cutoff), "age": torch.full((len(cutoff),), float(age))}
+    both = {"cutoff": torch.tensor(cutoff), "noisy_cutoff": torch.tensor(cutoff)}
+    return {**both, "age": torch.full((len(cutoff),), float(age))}
 
 
-def choose(config, logit_NE, state, valid_N=None):
+def choose(config, logit_NE, state, valid_N=None, noise_NE=None):
     share = RULE.share(config, "all", logit_NE.shape[1])
-    return RULE.choose(config, logit_NE, Group("all", state, valid_N, None, share))
+    return RULE.choose(config, logit_NE, Group("all", state, valid_N, noise_NE, share))
 
 
 def test_above_the_cutoff_is_chosen_by_each_token_alone():
@@ -60,18 +62,22 @@ def test_padding_is_never_chosen():
         assert not choice.dropped_NE[~valid_N].any()
 
 
+@pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("capacity_factor", [0.5, 1.0, 2.0])
-def test_moving_cutoffs_balance_the_loads(capacity_factor):
-    """Logits of a changing distribution: after the warm-up every expert's load stays near its share."""
+def test_moving_cutoffs_balance_the_loads(capacity_factor, noise):
+    """Logits of a changing distribution: after the warm-up every expert's load stays near its share, with noise on the
+    logits too, and so does that of causal inference, which has none."""
     config = ThresholdConfig(capacity_factor=capacity_factor, cutoff_decay=0.9, warmup_steps=20, bound=4.0)
     generator, state, loads = torch.Generator().manual_seed(0), state_of([0.0] * 4, 0), []
     for step in range(200):
         logit_NE = torch.randn(200, 4, generator=generator) * (1 + step / 200) + torch.arange(4.0) - step / 100
-        choice = choose(config, logit_NE, state)
+        noise_NE = gumbel_sigmoid_noise(str(step), 200, 4, "cpu") if noise else None
+        choice = choose(config, logit_NE, state, None, noise_NE)
+        alone_NE = RULE.alone(config, logit_NE, state)
         state = RULE.update(config, state, choice.observed)
-        loads.append(choice.selected_NE.double().mean(0))
-    mean_E = torch.stack(loads[20:]).mean(0)
-    torch.testing.assert_close(mean_E, torch.full((4,), capacity_factor / 4).double(), rtol=0.1, atol=0)
+        loads.append(torch.stack([choice.selected_NE.double().mean(0), alone_NE.double().mean(0)]))
+    mean_2E = torch.stack(loads[20:]).mean(0)
+    torch.testing.assert_close(mean_2E, torch.full((2, 4), capacity_factor / 4).double(), rtol=0.1, atol=0)
 
 
 def test_share_is_that_of_expert_choice():

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moma.model.routing.rule import State
 
+CUTOFF_DECAY = 0.99  # where no configuration says another
+AUX_STATE = ("aux_cutoff", "aux_age")
+
 
 def cutoff_of(falling_EN: Tensor, count_E: Tensor) -> Tensor:
     """Cut-off (E,) of logits sorted in falling order, of which the first `count_E` (int64) are taken.
@@ -42,12 +45,21 @@ def falling(logit_NE: Tensor, valid_N: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.sort(logit_EN, dim=1, descending=True, stable=True)
 
 
-def moving_average(state: State, observed: State, decay: float, name: str = "cutoff", age: str = "age") -> State:
-    """`state` with its moving cut-offs; an expert whose observation is not finite keeps its own."""
-    if name not in observed:
+def moving_average(
+    state: State, observed: State, decay: float, age: str = "age", names: tuple[str, ...] = ("cutoff",)
+) -> State:
+    """`state` with its moving cut-offs `names`; an expert whose observation is not finite keeps its own."""
+    if names[0] not in observed:
         return state
-    new_E, old_E = observed[name].to(state[name].dtype), state[name]
-    fresh_E = torch.isfinite(new_E)
-    weight_E = torch.clamp(1 / (state[age] + 1), min=1 - decay)
-    moved_E = old_E + weight_E * (torch.where(fresh_E, new_E, old_E) - old_E)
-    return {**state, name: moved_E, age: state[age] + fresh_E.to(state[age].dtype)}
+    new, weight_E = dict(state), torch.clamp(1 / (state[age] + 1), min=1 - decay)
+    for name in names:
+        old_E = state[name]
+        seen_E = observed[name].to(old_E.dtype)
+        new[name] = old_E + weight_E * (torch.where(torch.isfinite(seen_E), seen_E, old_E) - old_E)
+    new[age] = state[age] + torch.isfinite(observed[names[0]]).to(state[age].dtype)
+    return new
+
+
+def aux_average(state: State, observed: State) -> State:
+    """`state` with the moving cut-offs of auxiliary routers, names AUX_STATE."""
+    return moving_average(state, observed, CUTOFF_DECAY, AUX_STATE[1], AUX_STATE[:1])

@@ -11,10 +11,10 @@ training or in generation. Rules that draw (the sampled second choice of token c
 All of it is a pure function of (seed, micro-batch, layer) on a kind of device, passed into the model.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from moma.seeds import generator
 
 
 def gumbel_sigmoid_noise(key: str, n_tokens: int, n_experts: int, device: torch.device | str) -> Tensor:
@@ -28,6 +28,4 @@ def gumbel_noise(key: str, n_tokens: int, n_experts: int, device: torch.device |
 
 
 def _uniform(key: str, n_tokens: int, n_experts: int, device: torch.device | str) -> Tensor:
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(n_tokens, n_experts, generator=generator, device=device)
+    return torch.rand(n_tokens, n_experts, generator=generator(key, device), device=device)

@@ -17,9 +17,28 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 State = dict[str, Tensor]  # name -> fp32 (E,)
+
+
+def state_of(module: nn.Module) -> State:
+    """The explicit routing state of a module, kept in its buffers `routing_<name>`."""
+    own = module.named_buffers(recurse=False)
+    return {name.removeprefix("routing_"): buffer for name, buffer in own if name.startswith("routing_")}
+
+
+def register_state(module: nn.Module, names: tuple[str, ...], size: int) -> None:
+    """Give a module routing state: zeros, fp32 (size,) per name."""
+    for name in names:
+        module.register_buffer(f"routing_{name}", torch.zeros(size))
+
+
+def write_state(module: nn.Module, new: State) -> None:
+    """Replace a module's routing state: the training loop's business alone."""
+    for name, values in new.items():
+        module.get_buffer(f"routing_{name}").copy_(values)
 
 
 class RouterStats(NamedTuple):
@@ -33,7 +52,7 @@ class RouterStats(NamedTuple):
     reference_TE: Tensor | None  # bool: what the training rule chooses on these very states; None in cached decoding
     aux_logit_TE: Tensor | None  # fp32: auxiliary routers' logits, where the model has them
     member_TE: Tensor  # bool: the expert belongs to the token's group (False everywhere at padding)
-    dropped_TE: Tensor | None = None  # bool: chosen, but refused by a capacity; None: the rule refuses nothing
+    dropped_TE: Tensor | None = None  # bool: by the rule chosen, but refused by a capacity; None: it refuses nothing
     losses: dict[str, Tensor] = {}  # noqa: RUF012  scalars with gradient, already weighted, to add to the objective
     observed: State = {}  # noqa: RUF012  what `update` needs of this micro-batch
 

@@ -7,6 +7,8 @@ The same causal rule in training and inference: a token's experts depend on its 
 is needed, and loads are balanced on average. During the first `warmup_steps` updates, while cut-offs move fast, the
 rule is expert choice; both are one graph.
 
+Noise on the logits has cut-offs of its own, so that loads stay what they should be; causal inference has no noise.
+
 Training computes at most `bound` times the expected load of an expert, so that shapes stay static; beyond it the
 later tokens of the micro-batch are dropped (never an earlier one because of a later one: still causal), counted in
 `dropped`. Causal inference is dropless.
@@ -19,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moma.model.routing.cutoff import falling, moving_average
+from moma.model.routing.cutoff import cutoff_of, falling, moving_average
 from moma.model.routing.expert_choice import capacity_share, check_capacity, check_decay, quiet_cutoff, taken
 from moma.model.routing.rule import Choice, Group, Rule, State
 
@@ -57,7 +59,8 @@ def choose(config: ThresholdConfig, logit_NE: Tensor, group: Group) -> Choice:
     falling_EN, order_EN = falling(noisy_NE, group.valid_N)
     taken_EN, count_E = taken(order_EN, c, group.valid_N)
     warm_E = group.state["age"] < config.warmup_steps
-    wanted_NE = torch.where(warm_E, taken_EN.T, noisy_NE.detach() > group.state["cutoff"])
+    cutoff_E = group.state["cutoff" if group.noise_NE is None else "noisy_cutoff"]
+    wanted_NE = torch.where(warm_E, taken_EN.T, noisy_NE.detach() > cutoff_E)
     if group.valid_N is not None:
         wanted_NE = wanted_NE & group.valid_N[:, None]
     limit = min(n_tokens, int(config.bound * c.numerator * n_tokens / c.denominator))
@@ -67,7 +70,10 @@ def choose(config: ThresholdConfig, logit_NE: Tensor, group: Group) -> Choice:
         torch.sigmoid(noisy_NE),
         bound=n_experts * limit,
         dropped_NE=wanted_NE & ~selected_NE,
-        observed={"cutoff": quiet_cutoff(logit_NE, group, falling_EN, count_E)},
+        observed={
+            "cutoff": quiet_cutoff(logit_NE, group, falling_EN, count_E),
+            "noisy_cutoff": cutoff_of(falling_EN, count_E),
+        },
     )
 
 
@@ -83,7 +89,7 @@ def gate(config: ThresholdConfig, logit_NE: Tensor, selected_NE: Tensor) -> Tens
 
 def update(config: ThresholdConfig, state: State, observed: State) -> State:
     """Moving cut-offs."""
-    return moving_average(state, observed, config.cutoff_decay)
+    return moving_average(state, observed, config.cutoff_decay, names=("cutoff", "noisy_cutoff"))
 
 
-RULE = Rule(ThresholdConfig, share, choose, gate, alone, ("cutoff", "age"), update)
+RULE = Rule(ThresholdConfig, share, choose, gate, alone, ("cutoff", "noisy_cutoff", "age"), update)
