@@ -41,7 +41,7 @@ from moma.model.attention import SharedAttentionConfig, UntiedAttentionConfig, d
 from moma.model.feed_forward import DenseConfig, FeedForwardConfig
 from moma.model.flops import aux_flops, parts_of, totals
 from moma.model.loss import linear_cross_entropy
-from moma.model.routing.token_choice import TokenChoiceConfig
+from moma.model.routing import SELECTIONS
 from moma.model.transformer import ARCHITECTURE, Architecture, Transformer, build_model
 from moma.objectives import NextTokenConfig, Tallies, freeze_for, is_aux, loss_tallies, router_tallies, routing_noise
 from moma.optim import build_optimizer, learning_rate
@@ -283,18 +283,16 @@ def expected_equality(target: Architecture, modalities: tuple[str, ...], copy_no
         return True, "exact up to rounding: every token goes through a copy of the seed's weights"
     if copy_noise:
         return False, "not expected: copy_noise disturbs every expert but a group's first"
-    rule = config.selection
-    dropless = isinstance(rule, TokenChoiceConfig) and rule.capacity_factor is None
-    if isinstance(rule, TokenChoiceConfig) and rule.weights == "renormalised":
-        if dropless:
-            return True, "exact up to rounding: every token gets copies whose weights sum to 1"
-        return (
-            False,
-            "exact up to rounding only if the capacity leaves every token an expert: one without loses its update",
+    copies = SELECTIONS[config.selection.kind].copies(config.selection)
+    if copies == "whole":
+        return True, "exact up to rounding: every token gets copies whose weights sum to 1"
+    if copies == "whole_or_none":
+        return False, (
+            "exact up to rounding only if the capacity leaves every token an expert: one without loses its update"
         )
     if target.model.norm_order == "pre":
         return False, "not expected: in pre-norm order the routers' gates scale every update"
-    if dropless:
+    if copies == "scaled":
         return False, "up to the norms' eps: every token gets a copy, and the norm after it undoes the gate"
     return False, (
         "not expected as a whole: a token that an expert computes keeps its update up to the norm's eps (the norm "

@@ -15,12 +15,14 @@ checkpoint. What `update` needs is *observed* by `choose` in every micro-batch a
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]  # name -> fp32 (E,)
+# of identical experts a token gets: as much as of one; that or nothing; a multiple of it; a multiple or nothing
+Copies = Literal["whole", "whole_or_none", "scaled", "partial"]
 
 
 def state_of(module: nn.Module) -> State:
@@ -95,6 +97,7 @@ class Rule(NamedTuple):
     state: tuple[str, ...] = ()
     update: Callable[[Any, State, State], State] | None = None
     draws: Callable[[Any, bool], bool] | None = None  # (config, pre-training?): whether `choose` needs Gumbel(0, 1)
+    copies: Callable[[Any], Copies] = lambda config: "partial"
 
 
 class Disturbance(NamedTuple):

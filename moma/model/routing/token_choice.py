@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moma.model.routing.rule import Choice, Group, Rule, State
+from moma.model.routing.rule import Choice, Copies, Group, Rule, State
 
 
 @dataclass(frozen=True)
@@ -256,4 +256,11 @@ def _losses(
     return losses
 
 
-RULE = Rule(TokenChoiceConfig, share, choose, gate, alone, ("bias",), update, needs_noise)
+def copies(config: TokenChoiceConfig) -> Copies:
+    """Dropless, every token gets an expert; renormalised, their weights sum to 1."""
+    if config.weights == "renormalised":
+        return "whole" if config.capacity_factor is None else "whole_or_none"
+    return "scaled" if config.capacity_factor is None else "partial"
+
+
+RULE = Rule(TokenChoiceConfig, share, choose, gate, alone, ("bias",), update, needs_noise, copies)
