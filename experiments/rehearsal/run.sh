@@ -41,6 +41,6 @@ for seed in 0 1 2; do
     "moe_4t4i-joint $seed feed_forward=moe_4t4i objective.aux_weight=1.0"
 done | xargs -0 -P "$jobs" -I{} bash -c 'one {}' && : || status=1
 
-runs=$(printf '%s,' "$out"/{dense,moe_8x-aux,moe_4t4i-aux,threshold}-s{0,1,2})
+runs=$(printf '%s,' "$out"/{dense,moe_8x-aux,moe_4t4i-aux,moe_4t4i-joint,threshold}-s{0,1,2})
 moma report "runs=[${runs%,}]" out="$out/report" || status=1
 exit "${status:-0}"

@@ -17,12 +17,13 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from moma.analysis import routing_maps
 from moma.analysis.runs import Run
-from moma.analysis.speedup import LOSSES, SMOOTHING, causal_losses, curve, smooth
+from moma.analysis.speedup import LOSSES, SMOOTHING, Row, causal_losses, curve, smooth
 
 WIDTH = 9.0  # inches; 900 px at the density of a README, twice that in the file
 INK, MUTED, FAINT = "#1f2328", "#656d76", "#d8dee4"
@@ -61,6 +62,8 @@ _FLOP_UNITS = (
     (1e9, "GFLOP"),
     (1.0, "FLOP"),
 )
+LONG_NAME = 9  # characters of a variant's name that fit beside a panel
+DIFFERENCES = ("all targets", "text", "image")  # of `speedup.held_out`
 _CAUSAL = {  # marker of a held-out loss by causal mode
     "causal": {"marker": "D", "markersize": 5.5},
     "aux": {"marker": "D", "markersize": 5.5},
@@ -112,29 +115,35 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     """Loss per modality over training FLOPs: training (line), held-out during training (circles, mode of
     training), held-out causal at the end (a marker per mode), n-gram baselines (dotted)."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.35))
-        panels = figure.subplots(1, 3)
-        figure.subplots_adjust(0.055, 0.145, 0.92, 0.845, wspace=0.5)
         palette = colours(list(dict.fromkeys(run.variant for run in runs)))
+        long = max(map(len, palette)) > LONG_NAME  # no room beside the panels: names in a line above them
+        figure = Figure(figsize=(WIDTH, 3.6 if long else 3.35))
+        panels = figure.subplots(1, 3)
+        figure.subplots_adjust(0.055, 0.135, *(0.985, 0.8) if long else (0.92, 0.845), wspace=0.2 if long else 0.5)
         most = max(run.metrics["flops"][-1] for run in runs)
         size, unit = flop_unit(most)
         reference = next((run for run in runs if run.is_dense), runs[0])
         window = SMOOTHING * reference.metrics["flops"][-1]
         for ax, (name, metric) in zip(panels, LOSSES.items(), strict=True):
-            _loss_panel(ax, runs, name, metric, window, size, palette)
+            ends = _loss_panel(ax, runs, name, metric, window, size, palette)
+            if not long:
+                _end_labels(ax, ends, palette)
             ax.set_title({"overall": "All targets"}.get(name, name.capitalize() + " targets"), pad=7)
             ax.set_xlim(0, most / size * 1.02)
             ax.set_xlabel(f"training {unit}")
             ax.yaxis.grid(True, color=FAINT, linewidth=0.6)
             ax.set_axisbelow(True)
         panels[0].set_ylabel("cross-entropy, nats per target")
+        if long:
+            _names_key(figure, palette)
         _loss_key(figure, any(not run.is_dense for run in runs), [mode for run in runs for mode in causal_losses(run)])
         return figure
 
 
 def _loss_panel(
     ax: Axes, runs: Sequence[Run], name: str, metric: str, window: float, size: float, palette: dict[str, str]
-) -> None:
+) -> dict[str, float]:
+    """Draw one panel; returns where the lines of each variant end."""
     ends: dict[str, float] = {}
     width = 1.3 if len(palette) == len(runs) else 0.8  # several seeds: thinner
     seen: list[float] = []
@@ -171,7 +180,48 @@ def _loss_panel(
             text, (1, value), (-1, 2.5), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", va="bottom", fontsize=7.5, color=INK,
         )  # fmt: skip
-    _end_labels(ax, ends, palette)
+    return ends
+
+
+def _names_key(figure: Figure, palette: Mapping[str, str]) -> None:
+    """Names of the variants in their colours, in a line below the key."""
+    handles = [Line2D([], [], linestyle="none", label=variant) for variant in palette]
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 0.95), ncol=len(handles), fontsize=8,
+        labelcolor=list(palette.values()), handlelength=0, handletextpad=0, columnspacing=1.4, borderaxespad=0.3,
+        prop={"weight": "bold", "size": 8},
+    )  # fmt: skip
+
+
+def differences(rows: Sequence[Row], palette: Mapping[str, str]) -> Figure:
+    """Held-out loss of every model and causal mode minus that of dense with the same seeds: mean and 95 % interval."""
+    with matplotlib.rc_context(STYLE):
+        lines = list(dict.fromkeys((row.variant, row.mode) for row in rows))
+        shown = [what for what in DIFFERENCES if any(row.what == what for row in rows)]
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.2 * len(lines)))
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        height = figure.get_figheight()
+        figure.subplots_adjust(0.255, 0.48 / height, 0.985, 1 - 0.3 / height, wspace=0.08)
+        for ax, what in zip(panels, shown, strict=True):
+            ax.axvline(0, color=DENSE, linewidth=1, zorder=1)
+            for row in rows:
+                if row.what == what:
+                    at, found = lines.index((row.variant, row.mode)), row.difference
+                    if found.low is not None and found.high is not None:
+                        ax.plot([found.low, found.high], [at, at], color=palette[row.variant], linewidth=1.4, zorder=2)
+                    face = palette[row.variant] if found.excludes(0.0) else "white"
+                    ax.plot([found.mean], [at], marker="o", markersize=4.5, color=palette[row.variant],
+                            markerfacecolor=face, zorder=3)  # fmt: skip
+            ax.set_title(what[0].upper() + what[1:], pad=5)
+            ax.xaxis.grid(True, color=FAINT, linewidth=0.6)
+            ax.set_axisbelow(True)
+            ax.set_ylim(len(lines) - 0.4, -0.6)
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.set_xlabel("nats against dense")
+        panels[0].set_yticks(range(len(lines)), [f"{variant} ({mode})" for variant, mode in lines], fontsize=7.5)
+        for label, (variant, _) in zip(panels[0].get_yticklabels(), lines, strict=True):
+            label.set_color(palette[variant])
+        return figure
 
 
 def _end_labels(ax: Axes, ends: Mapping[str, float], palette: Mapping[str, str]) -> None:

@@ -85,6 +85,7 @@ def write_report(
         for part in (
             _header(runs),
             _verdict(runs, rows),
+            _figure(drawn, "differences", "Held-out loss against dense", DIFFERENCES_CAPTION) if rows else "",
             _eta(runs, etas),
             _figure(drawn, "loss", "Loss over training FLOPs", _loss_caption(runs)),
             _losses(runs),
@@ -128,6 +129,8 @@ def _draw(runs: Sequence[Run], generations: Sequence[Generations], folder: Path)
     """Every figure that the data allow, by name."""
     palette = figures.colours(variants(runs))
     drawn = {"loss": figures.loss_curves(runs)}
+    if rows := held_out(runs):
+        drawn["differences"] = figures.differences(rows, palette)
     for run in _first_of_each(runs):
         found = run.eval or {}
         if found.get("maps") and routing_maps.routers(found["maps"]):
@@ -277,6 +280,13 @@ def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
     several = max(len(s.per_seed) for s in etas) > 1
     note += " Intervals: 95 % t interval over paired seeds, of the logarithm for η." if several else ""
     return _section("Speed-up at equal loss", _table(head, body, numbers=(2, 3, 4)) + f"<p class=note>{note}</p>")
+
+
+DIFFERENCES_CAPTION = (
+    "Held-out loss of a model in a causal routing mode minus that of the dense model with the same seeds, mean and "
+    "95 % t interval over paired seeds (left of 0: lower than dense; filled: the interval excludes 0; one seed has no "
+    "interval)."
+)
 
 
 def _loss_caption(runs: Sequence[Run]) -> str:

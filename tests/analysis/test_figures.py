@@ -1,5 +1,6 @@
 """Every figure draws, has README width, solid white ground and the same bytes each time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from moma.analysis import figures
 from moma.analysis.runs import collect
+from moma.analysis.speedup import Interval, held_out
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -21,8 +23,13 @@ def test_figures_draw_at_readme_width(study: dict, tmp_path: Path) -> None:
     assert found is not None
     square = Image.new("RGB", (64, 64), "navy")
     entry = figures.Picture("costs $5 & $^{", square, {"dense": [square], "moe_4t4i": [square, square]})
+    rows = held_out(runs)
+    long = replace(rows[0], variant="mod_moe_4t4i_threshold_untied", difference=Interval(-0.1, -0.15, -0.05, 3))
+    long_names = [replace(run, meta={**run.meta, "upcycled": {"seed_flops": 0.0}}) for run in runs[1:]]
     drawn = {
         "loss": figures.loss_curves(runs),
+        "long_names": figures.loss_curves([runs[0], *long_names]),
+        "differences": figures.differences([*rows, long], figures.colours([long.variant, "moe_4t4i"])),
         "shares": figures.expert_shares(found["maps"]),
         "places": figures.expert_places(found["maps"]),
         "routers": figures.routers(found["routing"], "#d55e00"),

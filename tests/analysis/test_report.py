@@ -76,7 +76,8 @@ def test_the_page_stands_alone(page: Path) -> None:
     assert found.tags.isdisjoint({"script", "link", "iframe", "object", "base"})
     assert page.stat().st_size < report.MOST_BYTES
     names = {path.name for path in (page.parent / "figures").iterdir()}
-    assert {"loss.png", "pictures.png", "shares-moe_4t4i.png", "places-moe_4t4i.png", "routers-moe_4t4i.png"} == names
+    drawn = {"loss", "differences", "pictures", "shares-moe_4t4i", "places-moe_4t4i", "routers-moe_4t4i"}
+    assert names == {f"{name}.png" for name in drawn}
 
 
 def test_data_are_escaped(page: Path) -> None:
