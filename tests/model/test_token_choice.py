@@ -14,6 +14,7 @@ from moma.model.routing.token_choice import (
     alone,
     capacity,
     choose,
+    copies,
     gate,
     needs_noise,
     share,
@@ -467,4 +468,4 @@ def test_bad_fields_are_refused(fields, message):
 
 
 def test_rule_names_its_parts():
-    assert RULE == (TokenChoiceConfig, share, choose, gate, alone, ("bias",), update, needs_noise)
+    assert RULE == (TokenChoiceConfig, share, choose, gate, alone, ("bias",), update, needs_noise, copies)
