@@ -91,7 +91,7 @@ class Run:
 def _unusual(ffn: dict[str, Any]) -> Iterator[str]:
     """What tells apart two models with the same experts and rule: settings off their usual values, short."""
     usual = {"k": 1, "weights": "raw", "capacity_factor": (1.0, None), "second_choice": "argmax", "drop": "position"}
-    usual |= {"noise": "none", "layers": "all"}
+    usual |= {"noise": ("none", "upcycled"), "layers": "all"}
     for name, value in {**ffn, **ffn.get("selection", {})}.items():
         ordinary = usual.get(name, value)
         if value != ordinary and not (isinstance(ordinary, tuple) and value in ordinary):
