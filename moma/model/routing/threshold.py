@@ -33,7 +33,7 @@ class ThresholdConfig:
 
     kind: Literal["threshold"] = "threshold"
     capacity_factor: float | dict[str, float] = 1.0
-    cutoff_decay: float = 0.99
+    cutoff_decay: float = 0.9  # about ten steps: loads follow it (experiments/rehearsal)
     warmup_steps: int = 100
     bound: float = 2.0
 
