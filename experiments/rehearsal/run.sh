@@ -37,7 +37,7 @@ export -f train evaluate one
 
 for seed in 0 1 2; do
   printf '%s\0' "dense $seed feed_forward=dense" "moe_4t4i $seed feed_forward=moe_4t4i" \
-    "moe_8x $seed feed_forward=moe_8x" "threshold $seed feed_forward=moe_4t4i_threshold" \
+    "moe_8x $seed feed_forward=moe_8x" "threshold $seed feed_forward=moe_4t4i_threshold feed_forward.selection.cutoff_decay=0.99" \
     "moe_4t4i-joint $seed feed_forward=moe_4t4i objective.aux_weight=1.0"
 done | xargs -0 -P "$jobs" -I{} bash -c 'one {}' && : || status=1
 
