@@ -90,7 +90,7 @@ class Slots(NamedTuple):
     token_S: Tensor  # int64, flat token of each slot, -1: empty
     gate_S: Tensor | None  # weight of each slot's output, 0 in empty slots; None: all 1
     slots_TC: Tensor  # int64, the inverse: the slot of token t in column c, or -1
-    ends_E: Tensor | None  # int32, where expert e's slots end (ragged form); None: S / E slots each (equal form)
+    ends_E: Tensor | None  # int, where expert e's slots end (ragged form); None: S / E slots each (equal form)
 
 
 def equal_slots(token_EK: Tensor, gate_EK: Tensor | None, n_tokens: int) -> Slots:
@@ -126,13 +126,13 @@ def ragged_slots(selected_NE: Tensor, gate_NE: Tensor | None, bound: int, index_
 
 
 def grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows [ends[e-1], ends[e]) of x times w[e], exact zeros from ends[-1] on: (S, F). `ends_E` is int32, ascending.
+    """Rows [ends[e-1], ends[e]) of x times w[e], exact zeros from ends[-1] on: (S, F). `ends_E` is int, ascending.
 
     Differentiable once, deterministic, casts under autocast as `bmm` does. bf16 on CUDA takes torch's `grouped_mm`
     (D and F multiples of 8; needs no host synchronisation from compute capability 9.0 on); everything else takes one
     matmul per expert, for which the ends are read on the host.
     """
-    return _grouped_matmul(_autocast(x_SD), _autocast(w_EDF), ends_E)
+    return _grouped_matmul(_autocast(x_SD), _autocast(w_EDF), ends_E.to(torch.int32))  # what the kernel takes
 
 
 def _autocast(x: Tensor) -> Tensor:
