@@ -28,6 +28,14 @@ class AuxRouter(nn.Module):
             return F.silu(x_ND @ self.w1) @ self.w2
 
 
+def none_for(mode: str) -> ValueError:
+    """What to raise where routing mode `mode` finds a model without auxiliary routers."""
+    return ValueError(
+        f"got routing mode {mode}, need auxiliary routers in the model: train them with objective=aux_routers, "
+        "or use mode=threshold"
+    )
+
+
 def binary_cross_entropy(logit_TE: Tensor, target_TE: Tensor, member_TE: Tensor) -> Tensor:
     """Mean BCE over the (token, expert) pairs in which the expert belongs to the token's group: a scalar."""
     loss_TE = F.binary_cross_entropy_with_logits(logit_TE, target_TE.to(logit_TE.dtype), reduction="none")

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from moma.modality import TokenGroups
 from moma.model.attention import Attention, AttentionMask, document_mask
-from moma.model.aux_routers import AuxRouter
+from moma.model.aux_routers import AuxRouter, none_for
 from moma.model.block import Block, NormOrder
-from moma.model.experts import combine, dispatch, slots_of_tokens
+from moma.model.experts import combine, dispatch, gather_sum, slots_of_tokens
 from moma.model.feed_forward import (
     UNDISTURBED,
     DenseFeedForward,
@@ -44,7 +44,7 @@ from moma.model.routing.cutoff import AUX_STATE, CUTOFF_DECAY, aux_average, cuto
 from moma.model.routing.expert_choice import taken
 from moma.model.routing.rule import register_state, state_of, write_state
 
-ROOM = 1024
+ROOM = 1024  # slots: see `_room`
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,7 @@ class DepthBlock(Block):
         if mode == "threshold":
             above_TC = logit_T[:, None] > state["cutoff"]
         elif aux_T is None:
-            raise ValueError(
-                f"got mode {mode} for a model whose depth routers have no causal form yet, need auxiliary routers: "
-                "train them with objective=aux_routers, or use mode=threshold"
-            )
+            raise none_for(mode)
         else:
             above_TC = aux_T[:, None] > (0 if mode == "aux" else state["aux_cutoff"])
         return (above_TC & member_TC).any(1)
@@ -303,11 +300,7 @@ def _whole(stats: RouterStats, slot_T: Tensor) -> RouterStats:
     """Statistics of the chosen tokens at their places among all; the others belong to no group."""
 
     def spread(values_KE: Tensor | None) -> Tensor | None:
-        if values_KE is None:
-            return None
-        if not values_KE.shape[0]:
-            return values_KE.new_zeros(slot_T.numel(), values_KE.shape[1])
-        return torch.where((slot_T >= 0)[:, None], values_KE[slot_T.clamp(min=0)], values_KE.new_zeros(()))
+        return None if values_KE is None else gather_sum(values_KE, slot_T[:, None])
 
     fields = ("selected_TE", "score_TE", "reference_TE", "aux_logit_TE", "member_TE", "dropped_TE")
     return stats._replace(**{name: spread(getattr(stats, name)) for name in fields})

@@ -31,7 +31,7 @@ def gather_sum(x_ID: Tensor, index_OC: Tensor) -> Tensor:
         return x_ID.new_zeros(index_OC.shape[0], x_ID.shape[1])
     total_OD: Tensor | None = None
     for index_O in index_OC.unbind(1):
-        row_OD = torch.where((index_O >= 0)[:, None], x_ID[index_O.clamp(min=0)], 0)
+        row_OD = torch.where((index_O >= 0)[:, None], x_ID[index_O.clamp(min=0)], x_ID.new_zeros(()))
         if index_OC.shape[1] == 1:
             return row_OD
         total_OD = row_OD.to(wide) if total_OD is None else total_OD + row_OD

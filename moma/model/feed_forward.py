@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
-from moma.model.aux_routers import AuxRouter
-from moma.model.experts import Experts, Slots, combine, equal_slots, ragged_slots
+from moma.model.aux_routers import AuxRouter, none_for
+from moma.model.experts import Experts, Slots, combine, equal_slots, gather_sum, ragged_slots
 from moma.model.precision import full_precision
 from moma.model.routing import SELECTIONS, Choice, Disturbance, Group, RouterStats, State
 from moma.model.routing.cutoff import AUX_STATE, aux_average, cutoff_of, falling
@@ -301,13 +301,14 @@ class SparseFeedForward(nn.Module):
             if reference_TE is not None:
                 falling_EN, _ = falling(aux_NE, group.valid_N)
                 observed["aux_cutoff"] = cutoff_of(falling_EN, reference_TE.sum(0))
+        dropped_NE = None if choice is None else choice.dropped_NE
         stats = RouterStats(
             selected_TE=slots.slots_TC >= 0,
-            score_TE=_spread(gate_NE.detach(), slot_T),
+            score_TE=gather_sum(gate_NE.detach(), slot_T[:, None]),
             reference_TE=reference_TE,
             aux_logit_TE=aux_TE,
             member_TE=member_TE,
-            dropped_TE=None if choice is None or choice.dropped_NE is None else _spread(choice.dropped_NE, slot_T),
+            dropped_TE=None if dropped_NE is None else gather_sum(dropped_NE, slot_T[:, None]),
             losses={} if choice is None else choice.losses,
             observed=observed,
         )
@@ -320,10 +321,7 @@ class SparseFeedForward(nn.Module):
         if mode == "threshold":
             return logit_NE > state["cutoff"]
         if aux_NE is None:
-            raise ValueError(
-                f"got routing mode {mode}, need auxiliary routers in the model: train them with objective=aux_routers, "
-                "or use mode=threshold"
-            )
+            raise none_for(mode)
         return aux_NE > (0 if mode == "aux" else state["aux_cutoff"])  # 0: probability 0.5
 
 
@@ -339,13 +337,6 @@ def _slots(choice: Choice, index_N: Tensor, n_tokens: int) -> Slots:
 def _live(index_N: Tensor, valid_N: Tensor | None) -> Tensor:
     """Flat tokens of a group, -1 where a slot holds none."""
     return index_N if valid_N is None else torch.where(valid_N, index_N, -1)
-
-
-def _spread(values_NE: Tensor, slot_T: Tensor) -> Tensor:
-    """Values of a group's tokens at their places among all T, 0 elsewhere."""
-    if not values_NE.shape[0]:
-        return values_NE.new_zeros(slot_T.numel(), values_NE.shape[1])
-    return torch.where((slot_T >= 0)[:, None], values_NE[slot_T.clamp(min=0)], values_NE.new_zeros(()))
 
 
 def _side_by_side(groups: list[RouterStats]) -> RouterStats | None:

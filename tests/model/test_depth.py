@@ -697,9 +697,8 @@ def test_causal_modes_without_auxiliary_routers_are_refused(new_block, vocabular
     batch = batch_of(*LAYOUTS["mixed"], vocabulary)
     block = new_block(DenseConfig(), "mod")
     for mode in ("aux", "aux_calibrated"):
-        with pytest.raises(
-            ValueError, match=f"got mode {mode} for a model .* train them with objective=aux_routers, or use mode=thres"
-        ):
+        text = f"got routing mode {mode}, need auxiliary routers in the model: train them .*, or use mode=threshold"
+        with pytest.raises(ValueError, match=text):
             run(block, states(batch), batch, mode)
     assert run(block, states(batch), batch, "threshold")[0].isfinite().all()
 
