@@ -4,7 +4,7 @@
     average <- average + w (cut-off - average)      w = max(1 - decay, 1 / (age + 1))
 
 The first observation is the average; later ones move it slowly. Kept per expert, in logits: a monotone function of
-the scores, so the comparison is the same, and averages do not saturate (arXiv 2603.11535 averages the same quantile).
+the scores, so the comparison is the same, and averages do not saturate (arXiv 2603.11535 keeps such averages).
 
 Legend: N tokens of a group, E experts.
 """
