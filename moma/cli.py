@@ -82,7 +82,7 @@ def _help(verb: str, overrides: list[str]) -> str:
         width = max(map(len, choices))
         lines += ["groups (group=option; * is chosen):"]
         for group, choice in sorted(choices.items()):
-            marked = (f"{option}*" if option == choice else option for option in options(group))
+            marked = (f"{option}*" if option == choice else option for option in options(group, verb))
             lines.append(f"  {group:<{width}}  {' '.join(marked)}")
         lines.append("")
     return "\n".join([*lines, "settings (key.key=value):", OmegaConf.to_yaml(OmegaConf.create(mapping)).rstrip()])

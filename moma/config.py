@@ -62,7 +62,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "quickstart": Verb("all of the below, small", "moma.quickstart:QuickstartConfig", "moma.quickstart:main"),
-    "prepare": Verb("raw documents -> token shards", "moma.prepare:PrepareConfig", "moma.prepare:prepare", False),
+    "prepare": Verb("raw documents -> token shards", "moma.prepare:PrepareConfig", "moma.prepare:main"),
     "train_bpe": Verb("text tokenizer", "moma.train_bpe:TrainBpeConfig", "moma.train_bpe:train_bpe", False),
     "train_vq": Verb("image tokenizer", "moma.train_vq:TrainVqConfig", "moma.train_vq:train_vq", False),
     "train": Verb("pre-train a model, or its causal routers", "moma.train:TrainConfig", "moma.train:main"),
@@ -118,7 +118,7 @@ def raw(verb: str, overrides: list[str], complete: bool = True) -> tuple[dict[st
     durations = [found for override in overrides if (found := _DURATION.fullmatch(override))]
     rest = [override for override in overrides if not _DURATION.fullmatch(override)]
     try:
-        with initialize_config_dir(str(share("conf")), version_base="1.3"):
+        with initialize_config_dir(str(_home(verb)), version_base="1.3"):
             composed = hydra_compose(verb, rest, return_hydra_config=True)
         chosen = composed.hydra.runtime.choices.items()
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
@@ -145,9 +145,15 @@ def _set_duration(mapping: Any, found: re.Match[str]) -> None:
     node[name] = OmegaConf.to_container(OmegaConf.create(f"{found['unit'] or found['unit2']}: {found['value']}"))
 
 
-def options(group: str) -> list[str]:
-    """The options of a config group, by file name."""
-    return sorted(path.stem for path in (share("conf") / group.split("@")[0]).glob("*.yaml"))
+def options(group: str, verb: str = "train") -> list[str]:
+    """The options of a verb's config group, by file name."""
+    return sorted(path.stem for path in (_home(verb) / group.split("@")[0]).glob("*.yaml"))
+
+
+def _home(verb: str) -> Path:
+    """The folder of a verb's primary file and groups: those that read raw documents have one of their own."""
+    raw_verbs = share("conf") / "raw"
+    return raw_verbs if (raw_verbs / f"{verb}.yaml").is_file() else share("conf")
 
 
 def _explain(verb: str, overrides: list[str], error: str) -> str:

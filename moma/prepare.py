@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 
 from moma.checkpoint import LOCK, alone
+from moma.config import Composed
 from moma.data.shards import (
     MANIFEST,
     read_manifest,
@@ -67,13 +68,15 @@ _PICTURES_AT_ONCE = 256  # opened pictures held by a worker
 class PrepareConfig:
     """`sources`: name -> {kind, options}; the corpus is `corpora`/`name`; `tokenizer` a name or a folder.
 
+    `name` null: as the chosen data option. `folder` of the raw data is there for the options' interpolations.
     `val_fraction` of split keys are held out by `salt`; a shard has about `shard_tokens` tokens; `workers`
     processes (0: one per core); `device` of the image tokenizer; `on_error` skip or stop at a broken picture.
     """
 
-    name: str = "emoji"
+    name: str | None = None
     corpora: str = "corpora"
     tokenizer: str = "small"
+    folder: str | None = None
     sources: dict[str, SourceConfig] = sources_field()
     val_fraction: float = 0.05
     salt: str = "moma-split-1"
@@ -105,6 +108,13 @@ class Encoders(NamedTuple):
     vocab: Vocabulary
 
 
+def main(composed: Composed) -> int:
+    """`moma prepare`: makes the corpus, named after the data option unless it has a name; returns 0."""
+    config: PrepareConfig = composed.config
+    prepare(config if config.name else replace(config, name=composed.choices["data"]))
+    return 0
+
+
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make, continue or (if it is finished) reopen the corpus, and return its manifest.
 
@@ -115,7 +125,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     _check(config)
     asset = asset_folder(config.tokenizer)
     vocab = load_vocabulary(asset)
-    corpus = Path(config.corpora) / config.name
+    corpus = Path(config.corpora) / str(config.name)
     provenance = _provenance(config, vocab)
     with alone(corpus):
         if _begin(corpus, provenance, config.overwrite):
@@ -172,7 +182,7 @@ def encode_chunk(chunk: Chunk, encoders: Encoders, on_error: str) -> tuple[list[
 
 def _check(config: PrepareConfig) -> None:
     if not config.sources:
-        raise ValueError("got no sources, need at least one: name them, as in conf/prepare.yaml")
+        raise ValueError("got no sources, need at least one: name them, as in conf/raw/data")
     for what, name in [("corpus", config.name), *(("source", name) for name in config.sources)]:
         # A hidden one would meet our own .lock and .progress, and `..` would lead out of the folder.
         if not name or name.startswith(".") or any(character in name for character in "/\\\0"):

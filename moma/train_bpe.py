@@ -30,10 +30,11 @@ ATTRIBUTION = "ATTRIBUTION"
 class TrainBpeConfig:
     """`out` asset folder; `text_size` tokens with the 256 bytes; `image_codes` and their grid (rows, cols).
 
-    `sources` as in `prepare`; `weights` times that a source's documents count (default 1; 0 leaves it out).
+    `sources` and `folder` as in `prepare`; `weights`: times that a source counts (default 1; 0 leaves it out).
     """
 
     out: str = "tokenizers/small"
+    folder: str | None = None
     text_size: int = 4096
     image_codes: int = 1024
     image_grid: tuple[int, int] = (8, 8)
@@ -81,7 +82,7 @@ def _check(config: TrainBpeConfig) -> None:
     if config.text_size < 256:
         raise ValueError(f"got text_size={config.text_size}, need at least the 256 bytes: use 4096")
     if not config.sources:
-        raise ValueError("got no sources, need at least one: name them, as in conf/train_bpe.yaml")
+        raise ValueError("got no sources, need at least one: name them, as in conf/raw/data")
     for name in config.weights:
         if name not in config.sources:
             raise ValueError(

@@ -238,7 +238,10 @@ def test_a_missing_share_is_named() -> None:
 
 def _ready(verb: str) -> bool:
     module = VERBS[verb].config.split(":")[0]
-    return (share("conf") / f"{verb}.yaml").exists() and importlib.util.find_spec(module) is not None
+    return (
+        any((share("conf") / place / f"{verb}.yaml").exists() for place in ("", "raw"))
+        and importlib.util.find_spec(module) is not None
+    )
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if _ready(verb)])

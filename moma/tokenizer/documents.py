@@ -27,9 +27,10 @@ from moma.tokenizer.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text."""
+    """A piece of text; `learn` False: its tokens are read but never targets (a prompt before an answer)."""
 
     text: str
+    learn: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +38,12 @@ class Picture:
     """A picture: its codes (integers, any shape), the image, or a function that returns the file's bytes.
 
     The function form is lazy, so that a source can list a million pictures without opening one. `place` names
-    the picture in messages.
+    the picture in messages; `learn` as in `Text`.
     """
 
     content: np.ndarray | Image.Image | Callable[[], bytes]
     place: str = ""
+    learn: bool = True
 
 
 Part = Text | Picture
@@ -74,14 +76,18 @@ def encode_document(segments: Iterable[Segment], text: TextTokenizer, vocab: Voc
     number or range.
     """
     tokens, offsets, images = [vocab.bos], [0], []
+    unlearned: list[tuple[int, int]] = []
     for segment in segments:
         before, n_images = len(tokens), 0
         for part in parts_of(segment):
+            start = len(tokens)
             if isinstance(part, Text):
                 tokens.extend(text.encode(part.text))
             else:
                 tokens.extend(_picture_tokens(part, vocab))
                 n_images += 1
+            if not part.learn:
+                unlearned.append((start, len(tokens)))
         if len(tokens) > before:
             offsets.append(len(tokens))
             images.append(n_images)
@@ -89,7 +95,12 @@ def encode_document(segments: Iterable[Segment], text: TextTokenizer, vocab: Voc
         raise ValueError("got a document without text or pictures, need at least one: leave it out")
     tokens.append(vocab.eos)
     offsets[-1] = len(tokens)
-    return Document(np.array(tokens, np.int64), np.array(offsets, np.int64), np.array(images, np.int32))
+    mask = None
+    if unlearned:
+        mask = np.ones(len(tokens), np.uint8)
+        for start, stop in unlearned:
+            mask[start:stop] = 0
+    return Document(np.array(tokens, np.int64), np.array(offsets, np.int64), np.array(images, np.int32), mask)
 
 
 def decode_document(tokens: np.ndarray, text: TextTokenizer, vocab: Vocabulary) -> list[Part]:

@@ -7,7 +7,7 @@ and `SourceConfig`.
 from typing import Any
 
 from moma.data.sources import emoji, interleaved, scripture
-from moma.data.sources.raw import RawDocument, Source
+from moma.data.sources.raw import Broken, RawDocument, Source
 from moma.data.sources.split import concept_key, is_held_out
 from moma.schema import kind_field
 
@@ -20,6 +20,7 @@ SourceConfig = emoji.EmojiConfig | scripture.ScriptureConfig | interleaved.Inter
 
 __all__ = [
     "SOURCES",
+    "Broken",
     "RawDocument",
     "Source",
     "SourceConfig",

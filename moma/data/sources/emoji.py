@@ -10,14 +10,13 @@ Honest limits: captions of one to eight words, flat drawings, and half of the pi
 others (`skin_tones=false` leaves those out).
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from moma.data.sources.raw import RawDocument, Source, package_folder, package_version
+from moma.data.sources.raw import RawDocument, Source, package_folder, package_version, picture_first
 from moma.data.sources.split import concept_key
 from moma.tokenizer.documents import Picture, Text
 
@@ -85,8 +84,7 @@ def documents(config: EmojiConfig) -> Iterator[RawDocument]:
     for points, name, path in emoji_files(config):
         id_ = f"{config.vendor}/{points}"
         picture = Picture(partial(read_picture, path, config.size), place=id_)
-        first_picture = hashlib.sha256(f"moma-order-1:{id_}".encode()).digest()[0] % 2 == 0
-        pair = (picture, Text(name)) if first_picture else (Text(name), picture)
+        pair = (picture, Text(name)) if picture_first(id_) else (Text(name), picture)
         yield RawDocument(id_, concept_key(name), (pair,))
 
 

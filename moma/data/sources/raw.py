@@ -1,13 +1,18 @@
 """What a source of raw documents is: a config, a list of documents, its credits.
 
-    Source(config class, documents(config) -> RawDocument ..., attribution(config) -> credits, kind of
-    document)
+    Source(config class, documents(config) -> RawDocument | Broken ..., attribution(config) -> credits, kind
+    of document)
 
 A source lists its documents lazily, in a fixed order, and opens no picture: `Picture.content` is a function
 that returns the encoded image (PNG, JPEG, ...) when a worker needs it. So a source of a million pictures
 costs one listing, and everything slow runs in parallel.
+
+What cannot be read is yielded as `Broken`, in its place in the order, and the listing goes on: whether that
+is skipped or an error is the caller's policy. A setting that cannot work (a file that does not exist) is a
+ValueError of the config instead.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -33,6 +38,15 @@ class RawDocument:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A document that cannot be read: `kind` it is counted under, `place` ("pages.jsonl:17"), `reason`."""
+
+    kind: str
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Source:
     """One kind of input and its config dataclass.
 
@@ -40,9 +54,14 @@ class Source:
     """
 
     config: type
-    documents: Callable[[Any], Iterator[RawDocument]]
+    documents: Callable[[Any], Iterator[RawDocument | Broken]]
     attribution: Callable[[Any], list[dict[str, str]]]
     kind: Literal["pair", "text", "interleaved"]
+
+
+def picture_first(id_: str) -> bool:
+    """Whether the picture stands before its text, a fair coin of the document's id (Chameleon section 2.1)."""
+    return hashlib.sha256(f"moma-order-1:{id_}".encode()).digest()[0] % 2 == 0
 
 
 def package_folder(package: str, module: str) -> Path:
