@@ -7,10 +7,15 @@ The one two-player loop of moma: each step updates the VQ-GAN, then its EMA code
 files. Emoji whose concept is held out by `moma/data/sources/split.py` are never trained on, in any vendor's
 drawing, so a corpus split the same way stays unseen by its tokenizer; folders and tars are split by listing.
 
+The network is convolutional: `sizes` trains it on squares of several sizes in turn, with as many pixels a step in
+each, so that one set of weights serves assets of different grids. `init_from` starts from an earlier asset; a code
+book that is larger than its own starts with its codes split into near copies.
+
 The order, the augmentation and the code-book restarts are functions of (seed, step), so a run that is stopped
 and started again gives the same bits as one that was not.
 """
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -41,6 +46,8 @@ from moma.vqgan.losses import PatchDiscriminator, PerceptualLoss, hinge_loss, pi
 from moma.vqgan.model import VqConfig, VqModel, load_vq, save_vq
 from moma.vqgan.quantize import CodebookState, code_statistics, empty_state, update_codebook
 
+_BOOK = "quantize.embedding.weight"
+_SPLIT = 0.05  # of a code's copies, as a share of the code book's own spread
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 # Fields that may change between a run and its resumption: they do not touch the weights.
 _FREE = ("out", "export", "cache", "log", "eval_every", "checkpoint_every", "grid_pictures")
@@ -58,6 +65,7 @@ class TrainVqConfig:
     openmoji: int = 2
     train_paths: tuple[Path, ...] = ()
     val_paths: tuple[Path, ...] = ()
+    sizes: tuple[int, ...] = ()  # pixels a side, in turn; empty: model.resolution alone
     fit: Literal["crop", "pad"] = "crop"
     flip: bool = True  # mirror half of the training pictures
     shift: int = 3  # move them by up to this many pixels
@@ -77,8 +85,9 @@ class TrainVqConfig:
             ema=True,
         )
     )
+    init_from: Path | None = None  # folder of an asset to start from
     steps: int = 4000
-    batch_size: int = 16
+    batch_size: int = 16  # at the smallest size; larger pictures come in batches of as many pixels
     lr: float = 6e-4
     end_lr: float = 1e-5
     warmup_steps: int = 50
@@ -116,6 +125,21 @@ class TrainVqConfig:
                 f"got precision={self.precision} and export_dtype={self.export_dtype}, need bf16 or fp32 and "
                 "fp16 or fp32: choose one of these"
             )
+        for size in self.picture_sizes:
+            if size < 1 or size % self.model.factor or self.pictures_of(size) < 1:
+                raise ValueError(
+                    f"got size {size} in sizes, need multiples of {self.model.factor} pixels of which a batch of "
+                    f"{self.batch_size} at the smallest size holds one: change sizes or raise batch_size"
+                )
+
+    @property
+    def picture_sizes(self) -> tuple[int, ...]:
+        """Pixels a side of the pictures, in the order in which the steps take them."""
+        return self.sizes or (self.model.resolution,)
+
+    def pictures_of(self, size: int) -> int:
+        """Pictures of a step at this size: as many pixels as `batch_size` pictures of the smallest."""
+        return self.batch_size * min(self.picture_sizes) ** 2 // size**2
 
 
 class Adversary(NamedTuple):
@@ -145,25 +169,36 @@ def train_vq(config: TrainVqConfig) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     out, export = config.out, config.export or config.out / "export"
     out.mkdir(parents=True, exist_ok=True)
-    train, held_out = _collect(config)
-    pixels = np.concatenate([part for part, _ in train.values()])
+    collected = {size: _collect(config, size) for size in config.picture_sizes}
+    held_out = {
+        name if len(collected) == 1 else f"{name}@{size}": part
+        for size, (_, parts) in collected.items()
+        for name, part in parts.items()
+    }
+    pixels = {size: np.concatenate([part for part, _ in train.values()]) for size, (train, _) in collected.items()}
+    train, _ = collected[config.picture_sizes[0]]
     index = np.concatenate([np.tile(numbers, copies) for numbers, copies in _source_ranges(train)])
+    del collected, train
 
     players = _players(config)
     state = _state(players)
     meta = _resume(config, state)
     start = meta.get("step", 0)
-    size = sum(p.numel() for p in players.model.parameters())
+    parameters = sum(p.numel() for p in players.model.parameters())
     print(
-        f"train_vq: {len(pixels)} training pictures ({len(index)} an epoch), held out "
+        f"train_vq: {index.max() + 1} training pictures ({len(index)} an epoch), held out "
         + ", ".join(f"{len(part)} {name}" for name, part in held_out.items())
-        + f"; {size:,} parameters; step {start}/{config.steps}",
+        + f"; {parameters:,} parameters; step {start}/{config.steps}",
         flush=True,
     )
-    order, progress = _Order(index, config.seed), Progress("train_vq", config.steps, start)
+    orders = {size: _Order(index, config.seed) for size in config.picture_sizes}
+    progress = Progress("train_vq", config.steps, start)
     log = RunLog(out, config.log, _identity(config), meta.get("metrics_offset"), meta.get("wandb_id"))
     for step in range(start, config.steps):
-        x = to_tensor(_augment(pixels[order.batch(step, config.batch_size)], config, step), config.device)
+        visit, which = divmod(step, len(config.picture_sizes))
+        size = config.picture_sizes[which]
+        chosen = pixels[size][orders[size].batch(visit, config.pictures_of(size))]
+        x = to_tensor(_augment(chosen, config, step), config.device)
         values = _update(config, players, x, step)
         done = step + 1
         if done % config.log.interval == 0 or done == config.steps:
@@ -187,7 +222,7 @@ def train_vq(config: TrainVqConfig) -> dict[str, float]:
     save_vq(players.model, export, torch.float16 if config.export_dtype == "fp16" else torch.float32)
     # What users get is the stored file, so its own numbers are the ones reported.
     exported = load_vq(export, config.device)
-    result = {"parameters": size, **evaluate_vq(exported, held_out)}
+    result = {"parameters": parameters, **evaluate_vq(exported, held_out)}
     save_grid(exported, held_out, config.grid_pictures, out / "grid.png")
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"exported {export}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
@@ -202,8 +237,8 @@ def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32
     the codes that occur; `perplexity/<source>` of the codes over the whole source.
     """
     metrics = {}
-    tokenizer = ImageTokenizer(model, next(model.parameters()).device, batch)
     for name, pixels in held_out.items():
+        tokenizer = ImageTokenizer(_at_size(model, pixels.shape[1]), next(model.parameters()).device, batch)
         codes = tokenizer.encode_pixels(pixels)
         error = tokenizer.decode_pixels(codes).astype(np.float64) - pixels
         mse = np.square(error).mean((1, 2, 3))
@@ -215,10 +250,14 @@ def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32
 
 
 def save_grid(model: VqModel, held_out: dict[str, np.ndarray], n: int, path: Path, columns: int = 8) -> None:
-    """Write a PNG of `n` held-out pictures per source, evenly spaced, each above its reconstruction, 2x."""
-    tokenizer = ImageTokenizer(model, next(model.parameters()).device)
+    """Write a PNG of `n` held-out pictures per source, evenly spaced, each above its reconstruction.
+
+    The smallest are shown at twice their size, the others as large as these.
+    """
     strips = []
+    shown = 2 * min((pixels.shape[1] for pixels in held_out.values()), default=0)
     for name, pixels in held_out.items():
+        tokenizer = ImageTokenizer(_at_size(model, pixels.shape[1]), next(model.parameters()).device)
         chosen = pixels[np.linspace(0, len(pixels) - 1, min(n, len(pixels))).astype(int)]
         again = tokenizer.decode_pixels(tokenizer.encode_pixels(chosen))
         size = chosen.shape[1]
@@ -227,7 +266,7 @@ def save_grid(model: VqModel, held_out: dict[str, np.ndarray], n: int, path: Pat
             for i, pair in enumerate(zip(chosen[start:], again[start:], strict=True)):
                 if i < columns:
                     strip[:, i * size : (i + 1) * size] = np.concatenate(pair)
-            image = Image.fromarray(strip).resize((2 * columns * size, 4 * size), Image.Resampling.NEAREST)
+            image = Image.fromarray(strip).resize((columns * shown, 2 * shown), Image.Resampling.NEAREST)
             ImageDraw.Draw(image).text((2, 2), name, fill="red")
             strips.append(np.asarray(image))
     _atomic(path, lambda temporary: Image.fromarray(np.concatenate(strips)).save(temporary, format="PNG"))
@@ -251,10 +290,24 @@ def read_pictures(path: Path) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths")
 
 
+def _at_size(model: VqModel, size: int) -> VqModel:
+    """The same weights for pictures of another size."""
+    other = copy.copy(model)
+    other.config = dataclasses.replace(model.config, resolution=size)
+    return other
+
+
 def _players(config: TrainVqConfig) -> Players:
     """Fresh players, a function of the seed."""
     torch.manual_seed(config.seed)
     model = VqModel(config.model).to(config.device)
+    codebook = model.quantize.embedding.weight.detach()
+    ema = empty_state(codebook)
+    if config.init_from is not None:
+        _start_from(model, config.init_from, config.seed)
+        vectors = config.batch_size * min(config.picture_sizes) ** 2 // config.model.factor**2
+        ema.counts.fill_(vectors / config.model.n_embed)  # as if every code had been used alike so far
+        ema.totals.copy_(codebook * ema.counts[:, None])
     adversary = None
     if config.discriminator_weight > 0:
         judge = PatchDiscriminator().to(config.device)
@@ -263,10 +316,28 @@ def _players(config: TrainVqConfig) -> Players:
     return Players(
         model,
         build_optimizer(model.named_parameters(), _optim(config, config.lr)),
-        empty_state(model.quantize.embedding.weight.detach()),
+        ema,
         PerceptualLoss().to(config.device) if config.perceptual_weight > 0 else None,
         adversary,
     )
+
+
+def _start_from(model: VqModel, folder: Path, seed: int) -> None:
+    """Load an asset's weights into `model`; a larger code book holds the asset's several times, nearly."""
+    weights = load_vq(folder).state_dict()
+    book = weights[_BOOK]
+    own = model.state_dict()
+    n = own[_BOOK].shape[0]
+    if n % book.shape[0] or any(own[name].shape != weights[name].shape for name in weights.keys() - {_BOOK}):
+        raise ValueError(
+            f"got an asset {folder} of another shape, need the model's but for n_embed, which must be a multiple of "
+            f"its {book.shape[0]}: take the settings of its vqgan.json"
+        )
+    spread = book.repeat(n // book.shape[0], 1)
+    noise = torch.randn(spread.shape, generator=torch.Generator().manual_seed(seed))
+    noise[: book.shape[0]] = 0
+    weights[_BOOK] = spread + _SPLIT * book.std(0) * noise
+    model.load_state_dict(weights)
 
 
 def _state(players: Players) -> dict[str, Any]:
@@ -369,12 +440,11 @@ def _augment(pixels: np.ndarray, config: TrainVqConfig, step: int) -> np.ndarray
     return result
 
 
-def _collect(
-    config: TrainVqConfig,
-) -> tuple[dict[str, tuple[np.ndarray, int]], dict[str, np.ndarray]]:
-    """Training pictures with their copies per epoch, and held-out pictures, by source; uint8 (n, s, s, 3)."""
+def _collect(config: TrainVqConfig, size: int) -> tuple[dict[str, tuple[np.ndarray, int]], dict[str, np.ndarray]]:
+    """Training pictures with their copies per epoch, and held-out pictures, by source; uint8 (n, size, size, 3)."""
     train, held_out = {}, {}
-    vendors = (EmojiConfig("twemoji"), config.twemoji), (EmojiConfig("openmoji"), config.openmoji)
+    drawn = max(size, EmojiConfig.size)  # vector pictures: no smaller than they are trained
+    vendors = (EmojiConfig("twemoji"), config.twemoji), (EmojiConfig("openmoji", size=drawn), config.openmoji)
     for emoji, copies in vendors:
         if copies:
             vendor = emoji.vendor
@@ -384,16 +454,16 @@ def _collect(
             for side, listing in zip(("train", "val"), sides, strict=True):
                 stamp = [f"{points} {path.stat().st_size}" for points, path in listing]
                 pictures = ((points, read_picture(path, emoji.size)) for points, path in listing)
-                part = _cached(config, f"{vendor}-{side}", stamp, pictures)
+                part = _cached(config, size, f"{vendor}-{side}", stamp, pictures)
                 if side == "train":
                     train[vendor] = (part, copies)
                 else:
                     held_out[vendor] = part
     for path in config.train_paths:
-        train[str(path)] = (_cached(config, f"{path.stem}-train", _stamp(path), read_pictures(path)), 1)
+        train[str(path)] = (_cached(config, size, f"{path.stem}-train", _stamp(path), read_pictures(path)), 1)
     for path in config.val_paths:
         name = path.stem if path.stem not in held_out else str(path)
-        held_out[name] = _cached(config, f"{path.stem}-val", _stamp(path), read_pictures(path))
+        held_out[name] = _cached(config, size, f"{path.stem}-val", _stamp(path), read_pictures(path))
     if not held_out:
         raise ValueError(
             "got no held-out pictures, need some to measure the tokenizer: give val_paths or use the emoji"
@@ -416,9 +486,10 @@ def _stamp(path: Path) -> list[str]:
     return [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
 
 
-def _cached(config: TrainVqConfig, name: str, stamp: list[str], pictures: Iterable[tuple[str, bytes]]) -> np.ndarray:
+def _cached(
+    config: TrainVqConfig, size: int, name: str, stamp: list[str], pictures: Iterable[tuple[str, bytes]]
+) -> np.ndarray:
     """Preprocessed pictures uint8 (n, s, s, 3), read once and cached; unreadable ones are reported."""
-    size = config.model.resolution
     key = hashlib.sha256(json.dumps(["moma-vq-1", size, config.fit, stamp]).encode()).hexdigest()[:16]
     path = config.cache / f"{name}-{size}-{key}.npy"
     if not path.is_file():

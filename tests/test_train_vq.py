@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -13,8 +14,8 @@ from moma.config import compose
 from moma.data.sources.emoji import EmojiConfig
 from moma.log import LogConfig
 from moma.tokenizer.image import ImageTokenizer
-from moma.train_vq import TrainVqConfig, _augment, _collect, _Order, read_pictures, train_vq
-from moma.vqgan.model import VqConfig
+from moma.train_vq import TrainVqConfig, _augment, _collect, _Order, _players, read_pictures, train_vq
+from moma.vqgan.model import VqConfig, load_vq
 
 TINY = VqConfig(
     resolution=16,
@@ -189,7 +190,7 @@ def test_tar_members_outside_the_folder_are_only_read(tmp_path):
 def test_unreadable_pictures_are_reported(config, tmp_path, capsys):
     write_tar(tmp_path / "val.tar", {"good.png": png(0), "bad.png": png(1)[:60]})
     val = dataclasses.replace(config, val_paths=(tmp_path / "val.tar",), cache=tmp_path / "cache")
-    _, held_out = _collect(val)
+    _, held_out = _collect(val, 16)
     assert held_out["val"].shape == (1, 16, 16, 3)
     assert "val-val: 1 pictures left out, first: got bad.png" in capsys.readouterr().out
 
@@ -244,5 +245,41 @@ def test_held_out_emoji_concepts_are_never_trained_on(monkeypatch, tmp_path):
     listing = [(f"{i:x}", name, folder / f"{i}.png") for i, name in enumerate(names)]
     monkeypatch.setattr(module, "emoji_files", lambda config: listing if config == EmojiConfig("twemoji") else [])
     monkeypatch.setattr(module, "is_held_out", lambda key: is_held_out(key, 0.5))
-    train, held_out = _collect(TrainVqConfig(openmoji=0, cache=tmp_path / "cache", model=TINY))
+    train, held_out = _collect(TrainVqConfig(openmoji=0, cache=tmp_path / "cache", model=TINY), 16)
     assert len(train["twemoji"][0]) == len(names) - len(held) and len(held_out["twemoji"]) == len(held)
+
+
+def test_sizes_take_turns_with_as_many_pixels_each(config):
+    both = dataclasses.replace(config, sizes=(16, 32), batch_size=8)
+    assert [both.pictures_of(size) for size in both.picture_sizes] == [8, 2]
+    straight = train_vq(both)
+    assert {name for name in straight if name.startswith("psnr")} == {"psnr/val@16", "psnr/val@32"}
+    grid = Image.open(both.out / "grid.png")
+    assert grid.size == (8 * 32, 4 * 32)  # a row of pairs of each size, equally large
+    stopped = dataclasses.replace(both, out=config.out.with_name("stopped"))
+    train_vq(dataclasses.replace(stopped, steps=6, checkpoint_every=3))
+    shutil.rmtree(stopped.out / "checkpoints" / "step-00000006")
+    assert train_vq(stopped) == straight
+
+
+def test_an_asset_starts_a_run_with_a_larger_code_book(config):
+    small = config.out.with_name("small")
+    train_vq(dataclasses.replace(config, export=small))
+    larger = dataclasses.replace(TINY, n_embed=48)
+    start = dataclasses.replace(config, out=config.out.with_name("next"), init_from=small, model=larger)
+    players = _players(start)
+    old, new = load_vq(small).state_dict(), players.model.state_dict()
+    assert all(torch.equal(new[name], old[name]) for name in old.keys() - {"quantize.embedding.weight"})
+    book, copies = old["quantize.embedding.weight"], new["quantize.embedding.weight"].view(3, 16, -1)
+    assert torch.equal(copies[0], book)
+    assert 0 < (copies[1:] - book).abs().max() < 0.5 * book.std(0).max()
+    torch.testing.assert_close(players.ema.totals / players.ema.counts[:, None], new["quantize.embedding.weight"])
+    train_vq(start)
+    with pytest.raises(ValueError, match=r"asset .* of another shape, need the model's but for n_embed"):
+        _players(dataclasses.replace(start, model=dataclasses.replace(TINY, n_embed=24)))
+
+
+@pytest.mark.parametrize("sizes", [(16, 9), (16, 128)])
+def test_sizes_that_cannot_be_trained_are_refused(config, sizes):
+    with pytest.raises(ValueError, match=r"got size \d+ in sizes, need multiples of 2 pixels"):
+        dataclasses.replace(config, sizes=sizes)
