@@ -258,7 +258,8 @@ def _read_index(folder: Path, shard: dict[str, Any], itemsize: int) -> tuple[np.
         len(doc) == shard["documents"] + 1
         and len(segment) == len(images) + 1
         and (doc[0], doc[-1], segment[0], segment[-1]) == (0, shard["tokens"], 0, shard["tokens"])
-        and bool((np.diff(doc) > 0).all() and (np.diff(segment) > 0).all() and np.isin(doc, segment).all())
+        and bool((np.diff(doc) > 0).all() and (np.diff(segment) > 0).all())
+        and bool((segment[np.searchsorted(segment, doc)] == doc).all())
     )
     if not fits:
         raise ValueError(
