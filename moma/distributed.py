@@ -1,16 +1,23 @@
-"""Where and how a step runs: device, precision, compilation. Model code knows none of it.
+"""Where and how a step runs: device, precision, compilation, ranks. Model code knows none of it.
 
     bf16    matmuls in bf16 over fp32 master weights (autocast); routers, norms, losses in fp32
     fp32    everything in fp32
 
 Blocks are compiled one by one (regional): they share one graph, so compile time does not grow with depth.
+
+Under `torchrun` a command joins its process group (`process_group`): gloo on CPUs, NCCL on GPUs. Without one, the
+functions that work across ranks leave their tensors as they are.
 """
 
 import contextlib
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from moma.model.transformer import Transformer
 
@@ -59,3 +66,61 @@ def compile_blocks(model: Transformer, parallel: ParallelConfig, device: torch.d
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + 8)
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
+
+
+class Ranks(NamedTuple):
+    """This process among those that run together."""
+
+    rank: int
+    world: int
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Ranks]:
+    """Join the process group that `torchrun` announces, alone without one; a GPU rank takes the GPU of its number."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks(0, 1)
+        return
+    if choose_device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_before_others(ranks: Ranks) -> Iterator[None]:
+    """Let the first rank through alone, the others after it."""
+    if ranks.world > 1 and ranks.rank:
+        dist.barrier()
+    yield
+    if ranks.world > 1 and not ranks.rank:
+        dist.barrier()
+
+
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its mean over the ranks, in place: one reduction for each dtype."""
+    if not dist.is_initialized():
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The tensors (n, ...) of all ranks in their order, (world n, ...); all of one shape."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

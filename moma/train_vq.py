@@ -12,7 +12,8 @@ each, so that one set of weights serves assets of different grids. `init_from` s
 book that is larger than its own starts with its codes split into near copies.
 
 The order, the augmentation and the code-book restarts are functions of (seed, step), so a run that is stopped
-and started again gives the same bits as one that was not.
+and started again gives the same bits as one that was not. Under `torchrun` every process takes its share of each
+batch; gradients, code-book updates, the adaptive weight and every logged number are those of the whole batch.
 """
 
 import copy
@@ -38,6 +39,7 @@ from moma import checkpoint
 from moma.checkpoint import model_state, optimizer_state
 from moma.data.sources.emoji import EmojiConfig, emoji_files, read_picture
 from moma.data.sources.split import concept_key, is_held_out
+from moma.distributed import Ranks, average_, first_before_others, gather, process_group
 from moma.log import LogConfig, Progress, RunLog
 from moma.meter import Duration
 from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
@@ -162,14 +164,28 @@ class Players(NamedTuple):
 def train_vq(config: TrainVqConfig) -> dict[str, float]:
     """Train, evaluate on held-out pictures and export; resumes from the newest checkpoint in `config.out`.
 
-    Returns `parameters` and the exported model's held-out metrics (`evaluate_vq`). ValueError if a checkpoint
-    of other settings lies in `out`, or if the loss is not finite.
+    Returns `parameters` and the exported model's held-out metrics (`evaluate_vq`), on the first rank. ValueError if a
+    checkpoint of other settings lies in `out`, or if the loss is not finite.
     """
+    with process_group(config.device) as ranks:
+        return _run(config, ranks)
+
+
+def _run(config: TrainVqConfig, ranks: Ranks) -> dict[str, float]:
+    """What every process does; the first one writes all files but its checkpoints' shards."""
+    for size in config.picture_sizes:
+        if config.pictures_of(size) % ranks.world:
+            raise ValueError(
+                f"got {config.pictures_of(size)} pictures of {size} px a step on {ranks.world} processes, need a "
+                "multiple: change batch_size or the number of processes"
+            )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    first = ranks.rank == 0
     out, export = config.out, config.export or config.out / "export"
     out.mkdir(parents=True, exist_ok=True)
-    collected = {size: _collect(config, size) for size in config.picture_sizes}
+    with first_before_others(ranks):  # which find the pictures in the cache
+        collected = {size: _collect(config, size) for size in config.picture_sizes}
     held_out = {
         name if len(collected) == 1 else f"{name}@{size}": part
         for size, (_, parts) in collected.items()
@@ -185,37 +201,47 @@ def train_vq(config: TrainVqConfig) -> dict[str, float]:
     meta = _resume(config, state)
     start = meta.get("step", 0)
     parameters = sum(p.numel() for p in players.model.parameters())
-    print(
-        f"train_vq: {index.max() + 1} training pictures ({len(index)} an epoch), held out "
-        + ", ".join(f"{len(part)} {name}" for name, part in held_out.items())
-        + f"; {parameters:,} parameters; step {start}/{config.steps}",
-        flush=True,
-    )
     orders = {size: _Order(index, config.seed) for size in config.picture_sizes}
-    progress = Progress("train_vq", config.steps, start)
-    log = RunLog(out, config.log, _identity(config), meta.get("metrics_offset"), meta.get("wandb_id"))
+    log = progress = None
+    if first:
+        print(
+            f"train_vq: {index.max() + 1} training pictures ({len(index)} an epoch), held out "
+            + ", ".join(f"{len(part)} {name}" for name, part in held_out.items())
+            + f"; {parameters:,} parameters; step {start}/{config.steps}",
+            flush=True,
+        )
+        progress = Progress("train_vq", config.steps, start)
+        log = RunLog(out, config.log, _identity(config), meta.get("metrics_offset"), meta.get("wandb_id"))
     for step in range(start, config.steps):
         visit, which = divmod(step, len(config.picture_sizes))
         size = config.picture_sizes[which]
         chosen = pixels[size][orders[size].batch(visit, config.pictures_of(size))]
-        x = to_tensor(_augment(chosen, config, step), config.device)
-        values = _update(config, players, x, step)
+        share = len(chosen) // ranks.world
+        own = _augment(chosen, config, step)[ranks.rank * share : (ranks.rank + 1) * share]
+        values = _update(config, players, to_tensor(own, config.device), step)
         done = step + 1
         if done % config.log.interval == 0 or done == config.steps:
-            row = {name: float(value) for name, value in values.items()}
+            stacked = torch.stack(
+                [torch.as_tensor(v, dtype=torch.float64, device=config.device) for v in values.values()]
+            )
+            average_([stacked])
+            row = dict(zip(values, stacked.tolist(), strict=True))
             if not math.isfinite(row["l1"] + row["quantizer"] + row["grad_norm"]):
                 raise ValueError(f"got a loss that is not finite at step {done}, need a finite one: lower lr")
-            log.metrics(done, row)
-            text = (f"{name} {row[name]:.4g}" for name in ("l1", "perceptual", "quantizer", "perplexity"))
-            progress.update(done, "  ".join(text))
-        if done % config.eval_every == 0 or done == config.steps:
+            if log is not None and progress is not None:
+                log.metrics(done, row)
+                text = (f"{name} {row[name]:.4g}" for name in ("l1", "perceptual", "quantizer", "perplexity"))
+                progress.update(done, "  ".join(text))
+        if log is not None and (done % config.eval_every == 0 or done == config.steps):
             metrics = evaluate_vq(players.model, held_out)
             log.metrics(done, metrics)
             save_grid(players.model, held_out, config.grid_pictures, out / "grid.png")
             print("held out  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
         if done % config.checkpoint_every == 0 or done == config.steps:
-            meta = {"config": _identity(config), "metrics_offset": log.offset(), "wandb_id": log.wandb_id}
-            checkpoint.save(out / "checkpoints", done, state, meta, keep_last=2)
+            place = {"metrics_offset": log.offset(), "wandb_id": log.wandb_id} if log is not None else {}
+            checkpoint.save(out / "checkpoints", done, state, {"config": _identity(config), **place}, keep_last=2)
+    if log is None or progress is None:
+        return {}
     progress.close()
     log.close()
 
@@ -370,20 +396,24 @@ def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> di
             adversary.model if adversary is not None else None,
             perceptual_weight=config.perceptual_weight,
             discriminator_weight=config.discriminator_weight,
+            average_=average_,
         )
     rate = learning_rate(step, config.steps, _optim(config, config.lr))
     set_learning_rate(players.optimizer, rate)
     players.optimizer.zero_grad(set_to_none=True)
     weight = 0.0 if bypass else config.quantizer_weight
     torch.autograd.backward([x_hat, weight * quantized.loss], [picture.gradient.to(x_hat.dtype), None])
+    average_([p.grad for p in model.parameters() if p.grad is not None])
     norm = clip_(model.parameters(), config.clip_norm)
     players.optimizer.step()
+    codes = gather(quantized.codes.flatten())
+    usage, perplexity = code_statistics(codes, config.model.n_embed)
     if config.model.ema and not bypass:
         update_codebook(
             model.quantize.embedding.weight,
             players.ema,
-            z.detach().float().permute(0, 2, 3, 1).flatten(0, 2),
-            quantized.codes.flatten(),
+            gather(z.detach().float().permute(0, 2, 3, 1).flatten(0, 2)),
+            codes,
             decay=config.ema_decay,
             dead_below=config.dead_below if step < config.restart_until * config.steps else 0.0,
             generator=torch.Generator(x.device).manual_seed(config.seed * 2**32 + step),
@@ -396,6 +426,7 @@ def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> di
             judged = hinge_loss(adversary.model(x), adversary.model(x_hat.detach()))
         adversary.optimizer.zero_grad(set_to_none=True)
         judged.backward()
+        average_([p.grad for p in adversary.model.parameters() if p.grad is not None])
         adversary.optimizer.step()
     return {
         "l1": picture.l1,
@@ -405,8 +436,8 @@ def _update(config: TrainVqConfig, players: Players, x: Tensor, step: int) -> di
         "adaptive": picture.adaptive,
         "discriminator": judged.detach(),
         "grad_norm": norm,
-        "usage": quantized.usage,
-        "perplexity": quantized.perplexity,
+        "usage": usage,
+        "perplexity": perplexity,
         "lr": rate,
     }
 

@@ -2,6 +2,8 @@ import dataclasses
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from moma.config import compose
+from moma.config import compose, raw
 from moma.data.sources.emoji import EmojiConfig
 from moma.log import LogConfig
 from moma.tokenizer.image import ImageTokenizer
@@ -283,3 +285,39 @@ def test_an_asset_starts_a_run_with_a_larger_code_book(config):
 def test_sizes_that_cannot_be_trained_are_refused(config, sizes):
     with pytest.raises(ValueError, match=r"got size \d+ in sizes, need multiples of 2 pixels"):
         dataclasses.replace(config, sizes=sizes)
+
+
+def test_two_processes_train_what_one_does(pictures, tmp_path):
+    in_yaml = raw("train_vq", [])[0]["model"]
+
+    def run(out, *launcher, batch_size=8):
+        settings = {
+            **{"out": out, "cache": tmp_path / "cache", "twemoji": 0, "openmoji": 0, "shift": 1, "threads": 1},
+            **{"train_paths": [f"{pictures}/train"], "val_paths": [f"{pictures}/val.tar"], "steps": 4},
+            **{f"model.{f.name}": getattr(TINY, f.name) for f in dataclasses.fields(VqConfig) if f.name in in_yaml},
+            **{
+                "quantize_start": 1,
+                "batch_size": batch_size,
+                "eval_every": 4,
+                "checkpoint_every": 2,
+                "log.interval": 1,
+            },
+            **{"perceptual_weight": 0, "discriminator_weight": 0.3, "discriminator_start": 1, "precision": "fp32"},
+        }
+        settings = {key: "null" if value is None else value for key, value in settings.items()}
+        plain = str.maketrans("()", "[]", "' ")  # tuples and quotes as Hydra writes lists
+        overrides = [f"{key}={value}".translate(plain) for key, value in settings.items()]
+        command = [sys.executable, *launcher, "-m", "moma.cli", "train_vq", *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    one = run(tmp_path / "one")
+    two_processes = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    two = run(tmp_path / "two", *two_processes)
+    assert len(one) == len(two) and one[-1]["step"] == 4
+    assert one[0] == pytest.approx(two[0], rel=1e-5)  # before any update: only the order of sums differs
+    for a, b in zip(one[1:], two[1:], strict=True):  # Adam's first steps turn the rounding of small gradients into lr
+        assert a == pytest.approx(b, rel=5e-3)
+    with pytest.raises(AssertionError, match="got 3 pictures of 16 px a step on 2 processes, need a multiple"):
+        run(tmp_path / "odd", *two_processes, batch_size=3)

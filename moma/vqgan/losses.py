@@ -2,13 +2,15 @@
 
     reconstruction = |x^ - x|_1 + w_p sum_l mean |f_l(x^)/s_l - f_l(x)/s_l|^2
     total          = reconstruction + w_q quantiser + lambda w_d (-mean D(x^))
-    lambda         = |grad_last reconstruction| / |grad_last (-mean D(x^))|     (arXiv 2012.09841, eq. 7)
+    lambda         = |grad_last reconstruction| / (|grad_last (-mean D(x^))| + delta)     (arXiv 2012.09841, eq. 7)
 
 f_l are the block outputs of an EfficientNet-Lite0 trained on ImageNet (`lite0.py`), s_l(x) the root mean square of
 f_l(x) over channels and positions, so that all blocks count alike.
+delta = 1e-4 and lambda at most 1e4, as in the published code; the paper writes 1e-6.
 The gradients are taken at the picture first and sent through the decoder once: see `picture_gradient`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,11 +87,13 @@ def picture_gradient(
     *,
     perceptual_weight: float,
     discriminator_weight: float,
+    average_: Callable[[list[Tensor]], None] = lambda tensors: None,
 ) -> PictureGradient:
     """Gradient at `x_hat` of the losses against `x`, both (n, 3, s, s).
 
     Everything behind the picture (feature network, discriminator) is passed once, the decoder not at all but
     for its last weight, `last_layer`, where lambda compares the two. `discriminator=None`: no such term.
+    `average_` replaces tensors by their means over the ranks, so that lambda is that of the whole batch.
     """
     leaf = x_hat.detach().float().requires_grad_()
     l1 = (leaf - x).abs().mean()
@@ -99,11 +103,12 @@ def picture_gradient(
     if discriminator is not None:
         adversarial = -discriminator(leaf).float().mean()
         (toward_real,) = torch.autograd.grad(adversarial, leaf)
-        norms = [
-            torch.autograd.grad(x_hat, last_layer, g.to(x_hat.dtype), retain_graph=True)[0].float().norm()
+        at_last = [
+            torch.autograd.grad(x_hat, last_layer, g.to(x_hat.dtype), retain_graph=True)[0].float()
             for g in (gradient, toward_real)
         ]
-        adaptive = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
+        average_(at_last)
+        adaptive = (at_last[0].norm() / (at_last[1].norm() + 1e-4)).clamp(0, 1e4)
         gradient = gradient + discriminator_weight * adaptive * toward_real
     return PictureGradient(gradient, l1.detach(), features.detach(), adversarial.detach(), adaptive)
 
