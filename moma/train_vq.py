@@ -45,6 +45,7 @@ from moma.meter import Duration
 from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
 from moma.tokenizer.image import ImageTokenizer, open_image, preprocess, to_tensor
 from moma.vqgan.losses import PatchDiscriminator, PerceptualLoss, hinge_loss, picture_gradient
+from moma.vqgan.metrics import PictureFeatures, reconstruction_metrics
 from moma.vqgan.model import VqConfig, VqModel, load_vq, save_vq
 from moma.vqgan.quantize import CodebookState, code_statistics, empty_state, update_codebook
 
@@ -52,7 +53,7 @@ _BOOK = "quantize.embedding.weight"
 _SPLIT = 0.05  # of a code's copies, as a share of the code book's own spread
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 # Fields that may change between a run and its resumption: they do not touch the weights.
-_FREE = ("out", "export", "cache", "log", "eval_every", "checkpoint_every", "grid_pictures")
+_FREE = ("out", "export", "cache", "log", "eval_every", "checkpoint_every", "grid_pictures", "feature_distances")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class TrainVqConfig:
     eval_every: int = 500
     checkpoint_every: int = 250
     grid_pictures: int = 16  # held-out pictures per source in the reconstruction grid
+    feature_distances: bool = False  # of the exported asset too: needs the extra `vq`
     export_dtype: Literal["fp16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
@@ -126,6 +128,11 @@ class TrainVqConfig:
             raise ValueError(
                 f"got precision={self.precision} and export_dtype={self.export_dtype}, need bf16 or fp32 and "
                 "fp16 or fp32: choose one of these"
+            )
+        if not self.model.decoder or self.model.preprocessing != self.fit:
+            raise ValueError(
+                f"got model.decoder={self.model.decoder} and model.preprocessing={self.model.preprocessing} with "
+                f"fit={self.fit}, need a decoder and one preprocessing: set model.preprocessing as fit"
             )
         for size in self.picture_sizes:
             if size < 1 or size % self.model.factor or self.pictures_of(size) < 1:
@@ -248,7 +255,8 @@ def _run(config: TrainVqConfig, ranks: Ranks) -> dict[str, float]:
     save_vq(players.model, export, torch.float16 if config.export_dtype == "fp16" else torch.float32)
     # What users get is the stored file, so its own numbers are the ones reported.
     exported = load_vq(export, config.device)
-    result = {"parameters": parameters, **evaluate_vq(exported, held_out)}
+    network = PictureFeatures() if config.feature_distances else None
+    result = {"parameters": parameters, **evaluate_vq(exported, held_out, features=network)}
     save_grid(exported, held_out, config.grid_pictures, out / "grid.png")
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"exported {export}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()), flush=True)
@@ -256,22 +264,20 @@ def _run(config: TrainVqConfig, ranks: Ranks) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate_vq(model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32) -> dict[str, float]:
-    """Held-out metrics in float32 for each source's pictures uint8 (n, s, s, 3).
+def evaluate_vq(
+    model: VqModel, held_out: dict[str, np.ndarray], batch: int = 32, features: PictureFeatures | None = None
+) -> dict[str, float]:
+    """Held-out metrics in float32 for each source's pictures uint8 (n, s, s, 3), named `<metric>/<source>`.
 
-    `psnr/<source>` dB, mean over the pictures' own PSNR after rounding to 8 bits; `usage/<source>` share of
-    the codes that occur; `perplexity/<source>` of the codes over the whole source.
+    The metrics are those of `reconstruction_metrics`; with the network `features` the distances of features too.
     """
     metrics = {}
     for name, pixels in held_out.items():
         tokenizer = ImageTokenizer(_at_size(model, pixels.shape[1]), next(model.parameters()).device, batch)
         codes = tokenizer.encode_pixels(pixels)
-        error = tokenizer.decode_pixels(codes).astype(np.float64) - pixels
-        mse = np.square(error).mean((1, 2, 3))
-        usage, perplexity = code_statistics(torch.from_numpy(codes), model.config.n_embed)
-        metrics[f"psnr/{name}"] = float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 1e-3))))
-        metrics[f"usage/{name}"] = float(usage)
-        metrics[f"perplexity/{name}"] = float(perplexity)
+        again = tokenizer.decode_pixels(codes)
+        found = reconstruction_metrics(pixels, again, codes, model.config.n_embed, features)
+        metrics |= {f"{key}/{name}": value for key, value in found.items()}
     return metrics
 
 

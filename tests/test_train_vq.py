@@ -115,7 +115,7 @@ def test_a_resumed_run_has_the_same_bits(config, tmp_path, monkeypatch):
 
 def test_results_and_files(config):
     result = train_vq(config)
-    assert result.keys() == {"parameters", "psnr/val", "usage/val", "perplexity/val"}
+    assert result.keys() == {"parameters", "psnr/val", "ssim/val", "usage/val", "perplexity/val"}
     assert 0 < result["psnr/val"] < 60 and 0 < result["usage/val"] <= 1 <= result["perplexity/val"] <= 16
     assert json.loads((config.out / "result.json").read_text()) == result
     steps = [row["step"] for row in metrics(config) if "l1" in row]

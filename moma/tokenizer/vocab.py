@@ -2,30 +2,52 @@
 
     tokenizers/<name>/   vocab.json   text.tiktoken   vqgan.json   vqgan.safetensors   SHA256SUMS   README.md
 
-    ids  bos pad eos unk | image codes | eoi boi | reserved to a multiple of 64 | text
+    ids  bos pad eos unk | image codes | eoi boi | special tokens, reserved to a multiple of 64 | text
 
-The hash names the text ranks, the image tokenizer and the id ranges together, by content: retraining either
-tokenizer changes it, and every shard and checkpoint made before is refused. A folder without an image
+The text half is `text.tiktoken`, or in its place `text_tokenizer.json` (a vocabulary as Chameleon's, which has a
+layout of its own: `moma/tokenizer/chameleon.py`).
+
+`special_tokens` are ids with a name and no text, such as the separator `<sep>` that ends a turn of a dialogue: a
+source puts them into a document, nothing in data can spell them. They and the cutting of text into words
+(`TextOptions`) stand in `vocab.json` only where they are not the default.
+
+The hash names the text half, the image tokenizer and what `vocab.json` says together, by content: retraining
+either tokenizer changes it, and every shard and checkpoint made before is refused. A folder without an image
 tokenizer is a text-only asset and has a hash of its own.
 
-Refuses ranges that overlap or leave the vocabulary, and half of an image tokenizer.
+Refuses ranges and special tokens that overlap or leave the vocabulary, half of an image tokenizer, and two text
+halves.
 """
 
 import difflib
 import hashlib
 import json
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from moma.modality import Vocabulary
-from moma.tokenizer.text import RANKS_FILE
+from moma.schema import build
 
 FORMAT = 1
 VOCAB_FILE = "vocab.json"
+RANKS_FILE = "text.tiktoken"
+JSON_FILE = "text_tokenizer.json"
+MAX_VOCAB_BYTES = 2**20
 IMAGE_FILES = ("vqgan.json", "vqgan.safetensors")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Working folder, checkout, installed wheel.
 _SHELVES = (Path("tokenizers"), _PACKAGE.parent / "tokenizers", _PACKAGE / "_share" / "tokenizers")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is cut into words (`moma/tokenizer/text.py`), and the ids of special tokens by name."""
+
+    digits: Literal["single", "triple"] = "single"
+    whitespace: Literal["grouped", "single"] = "grouped"
+    special_tokens: dict[str, int] = field(default_factory=dict)
 
 
 def asset_folder(tokenizer: str | Path) -> Path:
@@ -45,36 +67,16 @@ def asset_folder(tokenizer: str | Path) -> Path:
 def load_vocabulary(folder: Path) -> Vocabulary:
     """Read `vocab.json` and hash the asset.
 
-    Raises ValueError for missing files, an unknown format, unknown or missing fields, and ranges that do not
-    fit.
+    Raises ValueError for missing files, an unknown format, unknown or missing fields, wrong types, and ranges
+    that do not fit.
     """
-    folder = Path(folder)
-    path = folder / VOCAB_FILE
-    if not path.is_file() or not (folder / RANKS_FILE).is_file():
-        raise ValueError(
-            f"got folder {folder} without {VOCAB_FILE} or {RANKS_FILE}, need both: "
-            "check the tokenizer's path, or make one by train_bpe"
-        )
-    present = [name for name in IMAGE_FILES if (folder / name).is_file()]
-    if len(present) == 1:
-        raise ValueError(
-            f"got {present[0]} alone in {folder}, need {' and '.join(IMAGE_FILES)} together: "
-            "copy the other one, or remove it"
-        )
-    stored = json.loads(path.read_text())
-    if stored.pop("format", None) != FORMAT:
-        raise ValueError(f"got another format of {path}, need format {FORMAT}: train the tokenizer again")
-    need = {field.name for field in fields(Vocabulary)} - {"hash"}
-    if set(stored) != need:
-        raise ValueError(
-            f"got {path} with unknown fields {sorted(set(stored) - need)} and without "
-            f"{sorted(need - set(stored))}, need exactly {sorted(need)}: correct the file"
-        )
-    stored["image_grid"] = tuple(stored["image_grid"])
-    stored["extra_modalities"] = tuple((n, a, b) for n, a, b in stored["extra_modalities"])
-    vocab = Vocabulary(**stored, hash="")
-    check_vocabulary(vocab)
-    return replace(vocab, hash=_asset_hash(folder, vocab))
+    vocab, options = _read(Path(folder))
+    return replace(vocab, hash=_asset_hash(Path(folder), vocab, options))
+
+
+def text_options(folder: Path) -> TextOptions:
+    """The text options in an asset's `vocab.json`; ValueError as `load_vocabulary`."""
+    return _read(Path(folder))[1]
 
 
 def write_vocabulary(
@@ -84,17 +86,24 @@ def write_vocabulary(
     image_codes: int,
     image_grid: tuple[int, int],
     multiple: int = 64,
+    digits: Literal["single", "triple"] = "single",
+    whitespace: Literal["grouped", "single"] = "grouped",
+    special_tokens: Sequence[str] = (),
 ) -> Vocabulary:
     """Lay the ids out, write `vocab.json` beside an existing `text.tiktoken` and return what was written.
 
-    `text_size` text tokens, `image_codes` codes on a grid of `image_grid` (rows, columns); the text range
-    starts at the next multiple of `multiple`, so that the embedding table's parts are aligned.
+    `text_size` text tokens, `image_codes` codes on a grid of `image_grid` (rows, columns); `special_tokens` get
+    the ids behind begin of image, in order. The text range starts at the next multiple of `multiple`, so that the
+    embedding table's parts are aligned.
     """
     if multiple < 1:
         raise ValueError(f"got multiple={multiple}, need at least 1: use 64")
+    if len(set(special_tokens)) < len(special_tokens):
+        raise ValueError(f"got special tokens {list(special_tokens)}, need each name once: drop the second")
     image_start = 4  # bos 0, pad 1, eos 2, unk 3 (a byte-level BPE never needs it)
     image_stop = image_start + image_codes
-    text_start = -(-(image_stop + 2) // multiple) * multiple
+    special_start = image_stop + 2
+    text_start = -(-(special_start + len(special_tokens)) // multiple) * multiple
     vocab = Vocabulary(
         size=text_start + text_size,
         bos=0,
@@ -109,19 +118,29 @@ def write_vocabulary(
         image_grid=image_grid,
         hash="",
     )
-    check_vocabulary(vocab)
+    specials = {name: special_start + i for i, name in enumerate(special_tokens)}
+    return save_vocabulary(folder, vocab, TextOptions(digits, whitespace, specials))
+
+
+def save_vocabulary(folder: Path, vocab: Vocabulary, options: TextOptions) -> Vocabulary:
+    """Check and write `vocab.json` beside an existing text half; returns the vocabulary with the asset's hash."""
+    check_vocabulary(vocab, options.special_tokens)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / VOCAB_FILE).write_text(json.dumps(_stored(vocab), indent=1) + "\n")
+    (Path(folder) / VOCAB_FILE).write_text(json.dumps(_stored(vocab, options), indent=1) + "\n")
     return load_vocabulary(folder)
 
 
-def check_vocabulary(vocab: Vocabulary) -> None:
-    """Raise ValueError unless ranges lie inside the vocabulary and no id has two meanings."""
+def check_vocabulary(vocab: Vocabulary, special_tokens: Mapping[str, int] | None = None) -> None:
+    """Raise ValueError unless ranges and special tokens lie inside the vocabulary and no id has two meanings."""
+    specials = special_tokens or {}
+    if "" in specials:
+        raise ValueError(f"got a special token without a name, need one like <sep>: name id {specials['']}")
     ranges = {
         "image": (vocab.image_start, vocab.image_stop),
         "text": (vocab.text_start, vocab.text_stop),
         **{name: (start, stop) for name, start, stop in vocab.extra_modalities},
         **{name: (getattr(vocab, name), getattr(vocab, name) + 1) for name in ("bos", "pad", "eos", "boi", "eoi")},
+        **{f"special token {name!r}": (id_, id_ + 1) for name, id_ in specials.items()},
     }
     for name, (start, stop) in ranges.items():
         if not 0 <= start < stop <= vocab.size:
@@ -136,16 +155,68 @@ def check_vocabulary(vocab: Vocabulary) -> None:
         raise ValueError(f"got image_grid {vocab.image_grid}, need (rows, columns): give both, at least 1")
 
 
-def _stored(vocab: Vocabulary) -> dict:
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The object in a JSON file of at most `max_bytes`; ValueError for a bigger file and for anything else."""
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"got {path} of {size} bytes, need at most {max_bytes}: it is no file of this kind")
+    try:
+        stored = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"got {path} that is no JSON ({error}), need a whole file: copy it again") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"got {path} that holds a {type(stored).__name__}, need an object: copy the file again")
+    return stored
+
+
+def _read(folder: Path) -> tuple[Vocabulary, TextOptions]:
+    path = folder / VOCAB_FILE
+    text_halves = [name for name in (RANKS_FILE, JSON_FILE) if (folder / name).is_file()]
+    if not path.is_file() or not text_halves:
+        raise ValueError(
+            f"got folder {folder} without {VOCAB_FILE} or {RANKS_FILE}, need both: "
+            "check the tokenizer's path, or make one by train_bpe"
+        )
+    if len(text_halves) == 2:
+        raise ValueError(f"got {' and '.join(text_halves)} in {folder}, need one text half: remove the other")
+    present = [name for name in IMAGE_FILES if (folder / name).is_file()]
+    if len(present) == 1:
+        raise ValueError(
+            f"got {present[0]} alone in {folder}, need {' and '.join(IMAGE_FILES)} together: "
+            "copy the other one, or remove it"
+        )
+    stored = read_json(path, MAX_VOCAB_BYTES)
+    if stored.pop("format", None) != FORMAT:
+        raise ValueError(f"got another format of {path}, need format {FORMAT}: train the tokenizer again")
+    chosen = {f.name: stored.pop(f.name) for f in fields(TextOptions) if f.name in stored}
+    need = {f.name for f in fields(Vocabulary)} - {"hash"}
+    if set(stored) != need:
+        raise ValueError(
+            f"got {path} with unknown fields {sorted(set(stored) - need)} and without "
+            f"{sorted(need - set(stored))}, need exactly {sorted(need)}: correct the file"
+        )
+    vocab = build(Vocabulary, {**stored, "hash": ""}, str(path))
+    options = build(TextOptions, chosen, str(path))
+    if text_halves == [JSON_FILE] and (options.digits, options.whitespace) != ("single", "grouped"):
+        raise ValueError(f"got digits or whitespace in {path}, need neither: {JSON_FILE} cuts text by its own rule")
+    check_vocabulary(vocab, options.special_tokens)
+    return vocab, options
+
+
+def _stored(vocab: Vocabulary, options: TextOptions) -> dict[str, Any]:
     ranges = asdict(vocab)
     del ranges["hash"]
-    return {"format": FORMAT, **ranges}
+    # Defaults are left out: they are older than the fields, and assets made before keep their hash.
+    default = asdict(TextOptions())
+    chosen = {name: value for name, value in asdict(options).items() if value != default[name]}
+    return {"format": FORMAT, **ranges, **chosen}
 
 
-def _asset_hash(folder: Path, vocab: Vocabulary) -> str:
+def _asset_hash(folder: Path, vocab: Vocabulary, options: TextOptions) -> str:
     digest = hashlib.sha256()
-    canonical = json.dumps(_stored(vocab), sort_keys=True, separators=(",", ":")).encode()
-    for part in (canonical, *(_bytes_of(folder / name) for name in (RANKS_FILE, *IMAGE_FILES))):
+    canonical = json.dumps(_stored(vocab, options), sort_keys=True, separators=(",", ":")).encode()
+    text_half = RANKS_FILE if (folder / RANKS_FILE).is_file() else JSON_FILE
+    for part in (canonical, *(_bytes_of(folder / name) for name in (text_half, *IMAGE_FILES))):
         # The length in front, so that no byte can move from one part to the next unseen.
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]

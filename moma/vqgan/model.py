@@ -9,10 +9,13 @@
 GroupNorm has `norm_groups` groups (their greatest common divisor with the width), eps 1e-6. Narrow models
 need few: a group of one channel is an instance norm, which takes a picture's brightness and colour away.
 The stride-2 convolution pads right and bottom only. f = 2^(levels - 1). Parameter names are taming's, so
-published checkpoints load by name. Encoder and decoder may have their own widths (encoding is done for every
-picture of a corpus, decoding for a few).
+published checkpoints load by name (`convert.py`). Encoder and decoder may have their own widths (encoding is done
+for every picture of a corpus, decoding for a few), and the decoder may be missing.
 
-Refused: attention outside the mid block, temporal embeddings, double_z, resampling without convolution.
+All layers are convolutions, norms and attention over positions, so the weights serve pictures of any size: an asset
+of another `resolution` with the same weights gives the same codes for the same pixels.
+
+Refused: temporal embeddings, double_z, resampling without convolution; decoding without a decoder.
 """
 
 import dataclasses
@@ -21,18 +24,30 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moma.schema import build
 from moma.vqgan.quantize import Quantized, VectorQuantizer
+
+Preprocessing = Literal["crop", "pad", "meta", "hf"]  # described where it is done, in moma/tokenizer/image.py
+
+
+MAX_SIZE = 2**20  # of a width, a code book, a side: what a file asks for stays countable
 
 
 @dataclass(frozen=True)
 class VqConfig:
-    """Shape of a VQ-GAN; names as in taming's YAML. `decoder_*` default (None) to the encoder's values."""
+    """Shape of a VQ-GAN and the form of its input; names as in taming's YAML where it has them.
+
+    `decoder_*` default (None) to the encoder's values. taming's `attn_resolutions` are pixels a side of a feature
+    map at one resolution; `attn_levels` are the numbers of these levels, which hold at all of them.
+    """
 
     resolution: int = 64  # pixels, square
     in_channels: int = 3
@@ -49,11 +64,22 @@ class VqConfig:
     beta: float = 0.25
     legacy: bool = True  # order of the quantiser's loss terms
     ema: bool = False  # code book trained by moving averages instead of gradients
+    attn_levels: tuple[int, ...] = ()  # with attention after each residual block; 0 is the finest
+    mid_attention: bool = True
+    decoder: bool = True  # False: pictures can be encoded only
+    preprocessing: Preprocessing = "crop"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))  # JSON gives lists
+        object.__setattr__(self, "attn_levels", tuple(self.attn_levels))
         if self.decoder_ch_mult is not None:
             object.__setattr__(self, "decoder_ch_mult", tuple(self.decoder_ch_mult))
+        sizes = [self.resolution, self.in_channels, self.z_channels, self.embed_dim, self.norm_groups, self.n_embed]
+        sizes += [self.ch, *self.encoder_widths, *self.decoder_widths]
+        if not self.ch_mult or not 1 <= min(sizes) <= max(sizes) <= MAX_SIZE:
+            raise ValueError(
+                f"got sizes and widths {sizes}, need one level or more and numbers from 1 to {MAX_SIZE}: correct them"
+            )
         if len(self.encoder_widths) != len(self.decoder_widths):
             raise ValueError(
                 f"got {len(self.encoder_widths)} encoder and {len(self.decoder_widths)} decoder levels, need equal "
@@ -64,6 +90,14 @@ class VqConfig:
                 f"got resolution {self.resolution}, need a multiple of {self.factor} (2^(levels - 1)): "
                 "change resolution or the length of ch_mult"
             )
+        if sorted(set(self.attn_levels) & set(range(len(self.ch_mult)))) != list(self.attn_levels):
+            raise ValueError(
+                f"got attn_levels {list(self.attn_levels)}, need rising numbers of levels from 0 to "
+                f"{len(self.ch_mult) - 1}: correct them"
+            )
+        names = get_args(Preprocessing)
+        if self.preprocessing not in names:
+            raise ValueError(f"got preprocessing {self.preprocessing!r}, need one of {', '.join(names)}: choose one")
 
     @property
     def encoder_widths(self) -> tuple[int, ...]:
@@ -93,7 +127,9 @@ class VqConfig:
         return self.resolution // self.factor, self.resolution // self.factor
 
 
-CHAMELEON = VqConfig(resolution=512)  # arXiv 2405.09818: 512 px -> 32x32 codes of 8192
+CHAMELEON = VqConfig(resolution=512, preprocessing="meta")  # arXiv 2405.09818: 512 px -> 32x32 codes of 8192
+# Younger than the first assets: written only where they differ, so that a recipe run again gives the same bytes.
+_YOUNGER = ("attn_levels", "mid_attention", "decoder", "preprocessing")
 
 
 class ResnetBlock(nn.Module):
@@ -151,6 +187,24 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Level(nn.Module):
+    """`n` residual blocks at one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, width_in: int, width_out: int, n: int, groups: int, attention: bool):
+        super().__init__()
+        widths = [width_in] + [width_out] * n
+        self.block = nn.ModuleList(ResnetBlock(*pair, groups) for pair in itertools.pairwise(widths))
+        if attention:
+            self.attn = nn.ModuleList(AttnBlock(width_out, groups) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if hasattr(self, "attn"):
+                x = self.attn[i](x)
+        return x
+
+
 class Encoder(nn.Module):
     """Pictures (n, 3, s, s) -> features (n, z_channels, s/f, s/f)."""
 
@@ -160,20 +214,19 @@ class Encoder(nn.Module):
         self.conv_in = _conv(config.in_channels, width)
         self.down = nn.ModuleList()
         for level, out in enumerate(config.encoder_widths):
-            stage = nn.Module()
-            stage.block, width = _blocks(width, out, config.num_res_blocks, config.norm_groups)
+            stage = Level(width, out, config.num_res_blocks, config.norm_groups, level in config.attn_levels)
+            width = out
             if level < len(config.encoder_widths) - 1:
                 stage.downsample = Downsample(width)
             self.down.append(stage)
-        self.mid = _mid(width, config.norm_groups)
+        self.mid = _mid(width, config)
         self.norm_out = _norm(width, config.norm_groups)
         self.conv_out = _conv(width, config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for stage in self.down:
-            for block in stage.block:
-                h = block(h)
+            h = stage(h)
             if hasattr(stage, "downsample"):
                 h = stage.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
@@ -187,11 +240,11 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.decoder_widths[-1]
         self.conv_in = _conv(config.z_channels, width)
-        self.mid = _mid(width, config.norm_groups)
+        self.mid = _mid(width, config)
         stages = []
         for level, out in reversed(list(enumerate(config.decoder_widths))):
-            stage = nn.Module()
-            stage.block, width = _blocks(width, out, config.decoder_blocks, config.norm_groups)
+            stage = Level(width, out, config.decoder_blocks, config.norm_groups, level in config.attn_levels)
+            width = out
             if level > 0:
                 stage.upsample = Upsample(width)
             stages.append(stage)
@@ -203,21 +256,21 @@ class Decoder(nn.Module):
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         for stage in reversed(self.up):
-            for block in stage.block:
-                h = block(h)
+            h = stage(h)
             if hasattr(stage, "upsample"):
                 h = stage.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class VqModel(nn.Module):
-    """Encoder, quantiser and decoder; state-dict names as in taming."""
+    """Encoder, quantiser and, where `config.decoder`, decoder; state-dict names as in taming."""
 
     def __init__(self, config: VqConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if config.decoder:
+            self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(
             config.n_embed, config.embed_dim, beta=config.beta, legacy=config.legacy, ema=config.ema
         )
@@ -234,7 +287,15 @@ class VqModel(nn.Module):
         return self.quantize(self.features(x))
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Pictures (n, 3, s, s), about [-1, 1] and not clamped, from code vectors (n, embed_dim, h, w)."""
+        """Pictures (n, 3, s, s), about [-1, 1] and not clamped, from code vectors (n, embed_dim, h, w).
+
+        ValueError if the model has no decoder.
+        """
+        if not self.config.decoder:
+            raise ValueError(
+                "got an image tokenizer without a decoder, need one that has it to make pictures of codes: "
+                "take Chameleon's vqgan.ckpt and vqgan.yaml, which hold both halves"
+            )
         return self.decoder(self.post_quant_conv(quantized))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
@@ -250,7 +311,11 @@ class VqModel(nn.Module):
 def save_vq(model: VqModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write `vqgan.json` and `vqgan.safetensors` (weights as `dtype`) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vqgan.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
+    fields = dataclasses.asdict(model.config)
+    for name in _YOUNGER:
+        if getattr(model.config, name) == getattr(VqConfig, name):
+            del fields[name]
+    (folder / "vqgan.json").write_text(json.dumps(fields, indent=2) + "\n")
     weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
     save_file(weights, folder / "vqgan.safetensors")
 
@@ -258,7 +323,7 @@ def save_vq(model: VqModel, folder: Path, dtype: torch.dtype = torch.float32) ->
 def load_vq(folder: Path, device: torch.device | str = "cpu") -> VqModel:
     """The model of a folder written by `save_vq`, in float32 and evaluation mode, on `device`.
 
-    ValueError if a file is missing, a key of the JSON is unknown, or names or shapes of the weights differ.
+    ValueError if a file is missing or damaged, a key of the JSON is unknown, or names or shapes of the weights differ.
     """
     for name in ("vqgan.json", "vqgan.safetensors"):
         if not (folder / name).is_file():
@@ -266,13 +331,25 @@ def load_vq(folder: Path, device: torch.device | str = "cpu") -> VqModel:
                 f"got no {name} in {folder}, need vqgan.json and vqgan.safetensors: "
                 "give a tokenizer folder, or make one with `moma train_vq`"
             )
-    fields = json.loads((folder / "vqgan.json").read_text())
-    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(VqConfig)})
-    if unknown:
-        raise ValueError(f"got unknown keys {unknown} in {folder / 'vqgan.json'}, need fields of VqConfig: remove them")
+    try:
+        fields = json.loads((folder / "vqgan.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"got {folder / 'vqgan.json'}, which is not JSON ({error}), need it: copy it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"got {folder / 'vqgan.json'} that holds no mapping, need fields of VqConfig: copy it again")
+    try:
+        config = build(VqConfig, fields)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'vqgan.json'}: {error}") from error
     with torch.device("meta"):
-        model = VqModel(VqConfig(**fields))
-    weights = {name: t.float() for name, t in load_file(folder / "vqgan.safetensors").items()}
+        model = VqModel(config)
+    try:
+        weights = {name: t.float() for name, t in load_file(folder / "vqgan.safetensors").items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"got {folder / 'vqgan.safetensors'}, which is no complete safetensors file ({error}), need one: "
+            "copy or fetch it again"
+        ) from error
     want = {name: t.shape for name, t in model.state_dict().items()}
     wrong = sorted(n for n in want.keys() | weights.keys() if n not in weights or weights[n].shape != want.get(n))
     if wrong:
@@ -306,13 +383,8 @@ def _conv(width_in: int, width_out: int) -> nn.Conv2d:
     return nn.Conv2d(width_in, width_out, 3, padding=1)
 
 
-def _blocks(width_in: int, width_out: int, n: int, groups: int) -> tuple[nn.ModuleList, int]:
-    widths = [width_in] + [width_out] * n
-    return nn.ModuleList(ResnetBlock(*pair, groups) for pair in itertools.pairwise(widths)), width_out
-
-
-def _mid(width: int, groups: int) -> nn.Module:
-    mid = nn.Module()
+def _mid(width: int, config: VqConfig) -> nn.Module:
+    mid, groups = nn.Module(), config.norm_groups
     mid.block_1, mid.block_2 = ResnetBlock(width, width, groups), ResnetBlock(width, width, groups)
-    mid.attn_1 = AttnBlock(width, groups)
+    mid.attn_1 = AttnBlock(width, groups) if config.mid_attention else nn.Identity()
     return mid

@@ -3,11 +3,27 @@
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import regex
 
-from moma.tokenizer.text import RANKS_FILE, TextTokenizer, read_ranks, write_ranks
-from moma.tokenizer.vocab import asset_folder, load_vocabulary, write_vocabulary
+from moma.tokenizer.text import (
+    RANKS_FILE,
+    TextTokenizer,
+    rank_coder,
+    read_ranks,
+    sound_text,
+    word_pattern,
+    write_ranks,
+)
+from moma.tokenizer.vocab import TextOptions, asset_folder, load_vocabulary, write_vocabulary
+
+# Of the text in `test_older_asset_encodes_as_before`, from before the text options.
+OLD_IDS = [
+    *(1440, 2837, 1308, 1260, 1341, 1327, 1190, 1721, 1323, 1260, 1341, 1322, 1210, 1308, 1105, 1103, 1105, 1107),
+    *(1099, 1286, 1286, 1308, 2210, 1349, 3844, 2367, 1171, 1174, 1400),
+]
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +32,12 @@ def small() -> TextTokenizer:
     return TextTokenizer.load(folder, load_vocabulary(folder))
 
 
-def _bytes_only(folder: Path) -> TextTokenizer:
-    write_ranks(folder / RANKS_FILE, {bytes([i]): i for i in range(256)})
-    return TextTokenizer.load(folder, write_vocabulary(folder, text_size=256, image_codes=8, image_grid=(2, 2)))
+def _bytes_and(folder: Path, *tokens: bytes, **options: Any) -> TextTokenizer:
+    """A tokenizer of the 256 bytes and `tokens`, in order of rank."""
+    ranks = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(tokens)}
+    write_ranks(folder / RANKS_FILE, ranks)
+    vocab = write_vocabulary(folder, text_size=len(ranks), image_codes=8, image_grid=(2, 2), **options)
+    return TextTokenizer.load(folder, vocab)
 
 
 def _samples() -> list[str]:
@@ -41,7 +60,7 @@ def _samples() -> list[str]:
 
 
 def test_round_trip(small: TextTokenizer, tmp_path: Path) -> None:
-    for tokenizer in (small, _bytes_only(tmp_path)):
+    for tokenizer in (small, _bytes_and(tmp_path)):
         vocab = tokenizer.vocab
         for text in _samples():
             ids = tokenizer.encode(text)
@@ -63,12 +82,69 @@ def test_other_ids_are_ignored(small: TextTokenizer) -> None:
 
 
 def test_half_a_character_decodes_as_replacement(tmp_path: Path) -> None:
-    tokenizer = _bytes_only(tmp_path)
+    tokenizer = _bytes_and(tmp_path)
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
 
 
 def test_digits_stand_alone(small: TextTokenizer) -> None:
     assert len(small.encode("2024")) == 4
+
+
+def _words(tokenizer: TextTokenizer, text: str) -> list[bytes]:
+    return [tokenizer.decode_bytes([id_]) for id_ in tokenizer.encode(text)]
+
+
+def test_digits_in_groups_of_three(tmp_path: Path) -> None:
+    numbers = [b"20", b"202", b"2024"]
+    assert _words(_bytes_and(tmp_path, *numbers, digits="triple"), "2024") == [b"202", b"4"]
+    assert _words(_bytes_and(tmp_path, *numbers), "2024") == [b"2", b"0", b"2", b"4"]
+
+
+def test_every_space_alone(tmp_path: Path) -> None:
+    tokens = [b"  ", b"   ", b" a", b"\n\n", b".\n"]
+    text = "a    a.\n\n\ta"
+    assert _words(_bytes_and(tmp_path, *tokens), text) == [b"a", b"   ", b" a", b".", b"\n\n", b"\t", b"a"]
+    single = [b"a", b" ", b" ", b" ", b" a", b".", b"\n", b"\n", b"\t", b"a"]
+    assert _words(_bytes_and(tmp_path, *tokens, whitespace="single"), text) == single
+
+
+@pytest.mark.parametrize("digits", ["single", "triple"])
+@pytest.mark.parametrize("whitespace", ["grouped", "single"])
+def test_words_cover_the_text(digits: Any, whitespace: Any) -> None:
+    pattern = regex.compile(word_pattern(TextOptions(digits, whitespace)))
+    for text in _samples():
+        assert "".join(pattern.findall(text)) == text
+
+
+def test_pattern_of_older_assets() -> None:
+    """Assets without text options were made with this pattern: their hash promises it."""
+    assert word_pattern(TextOptions()) == (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+def test_older_asset_encodes_as_before(small: TextTokenizer) -> None:
+    text = "woman farmer 👩‍🌾 2024,\n\n  In the beginning 'twas"
+    ids = small.encode(text)
+    assert ids == OLD_IDS and small.decode(ids) == text
+
+
+def test_special_tokens(tmp_path: Path) -> None:
+    tokenizer = _bytes_and(tmp_path, special_tokens=("<sep>", "<call>"))
+    vocab = tokenizer.vocab
+    assert tokenizer.specials == {"<sep>": 14, "<call>": 15} and (vocab.boi, vocab.text_start) == (13, 64)
+    assert tokenizer.special("<call>") == 15
+    ids = tokenizer.encode("a<sep>b")
+    assert tokenizer.decode([*ids, 14]) == "a<sep>b" and min(ids) >= 64
+    with pytest.raises(ValueError, match=r"got the special token '<sepp>', need one of .*: did you mean <sep>\?"):
+        tokenizer.special("<sepp>")
+    with pytest.raises(ValueError, match=r"need one of \[\]: train the tokenizer with it among special_tokens"):
+        _bytes_and(tmp_path).special("<sep>")
+
+
+def test_surrogates_become_replacements(small: TextTokenizer) -> None:
+    assert sound_text("a\ud800b") == "a\ufffdb" and sound_text("\ud83d\ude42 é") == "🙂 é"
+    assert small.decode(small.encode("a\ud800b")) == "a\ufffdb"
 
 
 def test_names_take_few_tokens(small: TextTokenizer) -> None:
@@ -93,13 +169,13 @@ def test_damaged_ranks(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_fit_the_vocabulary(tmp_path: Path) -> None:
-    vocab = _bytes_only(tmp_path).vocab
+    vocab = _bytes_and(tmp_path).vocab
     with pytest.raises(ValueError, match=r"got 255 text tokens, need ranks 0 to 255, each once"):
-        TextTokenizer({bytes([i]): i for i in range(255)}, vocab)
+        rank_coder({bytes([i]): i for i in range(255)}, vocab, TextOptions())
 
 
 def test_ranks_without_a_byte(tmp_path: Path) -> None:
-    vocab = _bytes_only(tmp_path).vocab
+    vocab = _bytes_and(tmp_path).vocab
     ranks = {bytes([i]): i for i in range(255)} | {b"ab": 255}
     with pytest.raises(ValueError, match=r"without the single bytes \[255\], need all 256"):
-        TextTokenizer(ranks, vocab)
+        rank_coder(ranks, vocab, TextOptions())

@@ -5,6 +5,7 @@ import torch
 
 from moma.vqgan import losses
 from moma.vqgan.losses import PatchDiscriminator, PerceptualLoss, hinge_loss, picture_gradient
+from moma.vqgan.model import VqConfig, VqModel
 
 
 def random(*shape, seed=0):
@@ -46,6 +47,38 @@ def test_adaptive_weight_balances_the_gradients_of_the_last_layer():
     total = torch.autograd.grad(x_hat, last, result.gradient)[0]
     torch.testing.assert_close(total, pixels + 0.5 * result.adaptive * judged)
     assert all(p.grad is None for p in judge.parameters())  # the generator's step does not train the judge
+
+
+def test_adaptive_weight_through_the_whole_model_is_equation_7():
+    """arXiv 2012.09841, eq. 7, by plain autograd on all losses at once, and with it the gradient of every weight."""
+    torch.manual_seed(0)
+    config = VqConfig(
+        resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, embed_dim=4, n_embed=16, norm_groups=2
+    )
+    model, judge, x = VqModel(config), PatchDiscriminator(8, 1), random(2, 3, 16, 16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * random(*p.shape, seed=p.numel()))
+    last = model.decoder.conv_out.weight
+
+    def losses():
+        x_hat, quantized = model(x)
+        return x_hat, quantized.loss, (x_hat - x).abs().mean() + 0.3 * (x_hat - x).square().mean()
+
+    x_hat, book, reconstruction = losses()
+    judged = -judge(x_hat).mean()
+    above = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
+    below = torch.autograd.grad(judged, last, retain_graph=True)[0].norm()
+    weight = (above / (below + 1e-4)).detach()
+    assert weight > 0.1
+    expected = torch.autograd.grad(reconstruction + book + 0.8 * weight * judged, list(model.parameters()))
+
+    x_hat, book, _ = losses()
+    result = picture_gradient(x_hat, x, last, Squares(), judge, perceptual_weight=0.3, discriminator_weight=0.8)
+    torch.testing.assert_close(result.adaptive, weight)
+    torch.autograd.backward([x_hat, book], [result.gradient, None])
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_hinge_loss():

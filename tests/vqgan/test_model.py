@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -129,6 +130,91 @@ def test_downsampling_pads_right_and_bottom_only():
     assert result.tolist() == [[72.0, 48.0], [48.0, 32.0]]
 
 
+def test_attention_stands_where_it_is_asked_for():
+    config = dataclasses.replace(TINY, ch_mult=(1, 2, 2), num_res_blocks=2, attn_levels=(1,))
+    model = VqModel(config)
+    names = {name.rpartition(".q.")[0] for name in model.state_dict() if ".q." in name}
+    assert names == {
+        *("encoder.down.1.attn.0", "encoder.down.1.attn.1", "encoder.mid.attn_1", "decoder.mid.attn_1"),
+        *("decoder.up.1.attn.0", "decoder.up.1.attn.1", "decoder.up.1.attn.2"),
+    }
+    bare = VqModel(dataclasses.replace(TINY, mid_attention=False))
+    assert not any("attn" in name for name in bare.state_dict())
+    assert bare(torch.randn(1, 3, 16, 16))[0].shape == (1, 3, 16, 16)
+
+
+def test_attention_of_a_level_follows_each_block():
+    config = dataclasses.replace(TINY, num_res_blocks=2, attn_levels=(0,))
+    torch.manual_seed(0)
+    level = VqModel(config).encoder.down[0]
+    for p in level.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(1, 8, 4, 4)
+    h = level.attn[1](level.block[1](level.attn[0](level.block[0](x))))
+    assert torch.equal(level(x), h) and not torch.equal(h, level.block[1](level.block[0](x)))
+
+
+def test_a_model_without_decoder_encodes_only(tmp_path):
+    whole = VqModel(TINY).eval()
+    half = VqModel(dataclasses.replace(TINY, decoder=False)).eval()
+    half.load_state_dict({name: t for name, t in whole.state_dict().items() if not name.startswith("decoder.")})
+    x = torch.randn(1, 3, 16, 16)
+    save_vq(half, tmp_path)
+    half = load_vq(tmp_path)
+    codes = half.encode(x).codes
+    assert torch.equal(codes, whole.encode(x).codes)
+    text = "got an image tokenizer without a decoder, need one that has it .*: take Chameleon's vqgan.ckpt"
+    for call in (lambda: half.decode_codes(codes), lambda: half(x)):
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_one_set_of_weights_serves_every_size(tmp_path):
+    """An asset of 16 pixels, and the same weights as one of 32: equal codes and pictures, mid attention and all."""
+    torch.manual_seed(0)
+    model = VqModel(dataclasses.replace(TINY, attn_levels=(1,)))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    save_vq(model, tmp_path / "16")
+    save_vq(model, tmp_path / "32")
+    fields = json.loads((tmp_path / "32" / "vqgan.json").read_text())
+    (tmp_path / "32" / "vqgan.json").write_text(json.dumps(fields | {"resolution": 32}))
+    small, large = load_vq(tmp_path / "16"), load_vq(tmp_path / "32")
+    assert small.config.grid == (8, 8) and large.config.grid == (16, 16)
+    x = torch.randn(2, 3, 32, 32)
+    codes = large.encode(x).codes
+    assert codes.shape == (2, 16, 16) and len(codes.unique()) > 3
+    assert torch.equal(small.encode(x).codes, codes)
+    assert torch.equal(small.decode_codes(codes), large.decode_codes(codes))
+
+
+def test_fields_younger_than_the_first_assets_are_written_where_they_differ(tmp_path):
+    """So a recipe run again gives the bytes, and with them the hash, of the asset that it made before."""
+    younger = {"attn_levels", "mid_attention", "decoder", "preprocessing"}
+    save_vq(VqModel(TINY), tmp_path)
+    assert not younger & set(json.loads((tmp_path / "vqgan.json").read_text()))
+    config = dataclasses.replace(TINY, attn_levels=(1,), mid_attention=False, decoder=False, preprocessing="hf")
+    save_vq(VqModel(config), tmp_path)
+    assert younger <= set(json.loads((tmp_path / "vqgan.json").read_text()))
+    assert load_vq(tmp_path).config == config
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"attn_levels": (2,)}, r"got attn_levels \[2\], need rising numbers of levels from 0 to 1: correct them"),
+        ({"attn_levels": (1, 0)}, r"got attn_levels \[1, 0\], need rising numbers"),
+        ({"preprocessing": "clip"}, "got preprocessing 'clip', need one of crop, pad, meta, hf: choose one"),
+        ({"ch": 0}, r"got sizes and widths \[.*0.*\], need one level or more and numbers from 1 to 1048576: correct"),
+        ({"ch_mult": ()}, "need one level or more"),
+        ({"n_embed": 2**40}, "need one level or more and numbers from 1 to 1048576"),
+    ],
+)
+def test_settings_are_checked(change, text):
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(TINY, **change)
+
+
 def test_levels_must_agree():
     with pytest.raises(ValueError, match="got 3 encoder and 2 decoder levels, need equal"):
         VqConfig(ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2))
@@ -159,8 +245,27 @@ def test_load_refuses_unknown_keys_and_other_shapes(tmp_path):
     save_vq(VqModel(TINY), tmp_path)
     fields = json.loads((tmp_path / "vqgan.json").read_text())
     (tmp_path / "vqgan.json").write_text(json.dumps(fields | {"chanels": 3}))
-    with pytest.raises(ValueError, match=r"got unknown keys \['chanels'\]"):
+    with pytest.raises(ValueError, match="vqgan.json: got the unknown key chanels, need a field of VqConfig"):
         load_vq(tmp_path)
     (tmp_path / "vqgan.json").write_text(json.dumps(fields | {"n_embed": 17}))
     with pytest.raises(ValueError, match="got weights that do not fit .*first quantize.embedding.weight"):
         load_vq(tmp_path)
+
+
+def test_load_names_a_damaged_file(tmp_path):
+    save_vq(VqModel(TINY), tmp_path)
+    data = (tmp_path / "vqgan.safetensors").read_bytes()
+    (tmp_path / "vqgan.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="got .*vqgan.safetensors, which is no complete safetensors file .*fetch it"):
+        load_vq(tmp_path)
+    fields = json.loads((tmp_path / "vqgan.json").read_text())
+    (tmp_path / "vqgan.json").write_text(json.dumps(fields | {"resolution": "16"}))
+    with pytest.raises(ValueError, match=r"vqgan.json: got resolution='16' \(str\), need int: change resolution"):
+        load_vq(tmp_path)
+    for content, text in (
+        ("{", "which is not JSON .*need it: copy"),
+        ("[]", "that holds no mapping, need fields of VqC"),
+    ):
+        (tmp_path / "vqgan.json").write_text(content)
+        with pytest.raises(ValueError, match=f"got .*vqgan.json,? {text}"):
+            load_vq(tmp_path)
