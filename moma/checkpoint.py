@@ -9,6 +9,9 @@ checkpoint. Works with and without a process group: with one, every rank calls `
 world size may load. State is a dict of tensors, nested at will: `{"model": model_state(model), "optimizer":
 optimizer_state(...)}`. Numbers, names and the configuration go into `meta`, which is JSON.
 
+Tensors that do not fit into memory together are written one by one by `save_lazily` and read one by one by
+`open_group`.
+
 `alone(run_dir)` keeps a second process out of a folder while the first one writes to it.
 
 Refuses a checkpoint that is cut short or of other names, shapes or dtypes, and a `.metadata` (DCP writes it
@@ -23,17 +26,19 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -97,6 +102,58 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any], kee
     if keep_last < 0:
         raise ValueError(f"got keep_last={keep_last}, need 0 (keep all) or more: change checkpoint.keep_last")
     tensors = dict(_flatten(state))
+
+    def write(folder: Path) -> None:
+        dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=not _distributed())
+
+    return _commit(root, step, write, meta, keep_last)
+
+
+class Lazy(NamedTuple):
+    """A tensor that is made when its turn to be written comes: `fetch()` returns it, on the CPU."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fetch: Callable[[], Tensor]
+
+
+def save_lazily(root: Path, step: int, tensors: Mapping[str, Lazy], meta: dict[str, Any]) -> Path:
+    """`save` of one process for tensors by path ("model/head.weight") of which two at a time are in memory.
+
+    A ValueError of a `fetch` leaves no checkpoint and is raised as it is.
+    """
+    empty = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in tensors.items()}
+
+    def write(folder: Path) -> None:
+        # A file for every tensor: DCP's writer holds on to all tensors of a file until the file is whole.
+        writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
+        try:
+            dcp_save(empty, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
+        except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                if isinstance(cause, ValueError):
+                    raise cause from None
+            raise
+
+    return _commit(root, step, write, meta, keep_last=0)
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans by shapes on the meta device, fetches a tensor when it is written."""
+
+    def __init__(self, tensors: Mapping[str, Lazy]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        lazy = self.tensors[write_item.index.fqn]
+        tensor = lazy.fetch()
+        assert (tuple(tensor.shape), tensor.dtype) == (lazy.shape, lazy.dtype), write_item.index.fqn
+        return tensor
+
+
+def _commit(root: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], keep_last: int) -> Path:
+    """Let `write` put the tensors into a folder under a temporary name, add `meta.json`, make it a checkpoint."""
     folder = root / f"step-{step:08d}"
     temporary = root / f"{TMP}{folder.name}"
     if folder.exists():
@@ -107,9 +164,8 @@ def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any], kee
             shutil.rmtree(leftover)
         temporary.mkdir()
     _barrier()
-    writer = FileSystemWriter(temporary, sync_files=True)
     with _quiet():
-        dcp_save(tensors, storage_writer=writer, no_dist=not _distributed())
+        write(temporary)
     if _rank() == 0:
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         record = {"format": FORMAT, "step": step, **meta, "files": sizes}
@@ -174,12 +230,28 @@ def load(path: Path, state: dict[str, Any]) -> None:
 
 def read_tensors(path: Path, group: str) -> dict[str, Tensor]:
     """All tensors of one top-level group ("model") on the CPU, whole, without building a model first."""
-    entries = {name: entry for name, entry in _stored(path).items() if name.startswith(f"{group}/")}
-    if not entries:
-        raise ValueError(f"got {path} without the group {group!r}, need a checkpoint that holds it")
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    group_of = open_group(path, group)
+    tensors = {f"{group}/{name}": torch.empty(lazy.shape, dtype=lazy.dtype) for name, lazy in group_of.items()}
     _read(path, tensors)
     return {name.removeprefix(f"{group}/"): tensor for name, tensor in tensors.items()}
+
+
+def open_group(path: Path, group: str) -> dict[str, Lazy]:
+    """The tensors of one top-level group ("model") by name, each read from its file when it is fetched."""
+    prefix = f"{group}/"
+    entries = {name: entry for name, entry in _stored(path).items() if name.startswith(prefix)}
+    if not entries:
+        raise ValueError(f"got {path} without the group {group!r}, need a checkpoint that holds it")
+
+    def lazy(name: str, entry: TensorStorageMetadata) -> Lazy:
+        def fetch() -> Tensor:
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            _read(path, {name: tensor})
+            return tensor
+
+        return Lazy(tuple(entry.size), entry.properties.dtype, fetch)
+
+    return {name.removeprefix(prefix): lazy(name, entry) for name, entry in entries.items()}
 
 
 @contextmanager

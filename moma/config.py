@@ -70,6 +70,8 @@ VERBS = {
     "evaluate": Verb("checkpoint -> eval.json", "moma.evaluate:EvaluateConfig", "moma.evaluate:main"),
     "generate": Verb("checkpoint -> text and pictures", "moma.generate:GenerateConfig", "moma.generate:main"),
     "describe": Verb("parameters, FLOPs, memory", "moma.describe:DescribeConfig", "moma.describe:main"),
+    "import_hf": Verb("Chameleon weights in", "moma.import_hf:ImportHfConfig", "moma.import_hf:main"),
+    "export_hf": Verb("Chameleon weights out", "moma.export_hf:ExportHfConfig", "moma.export_hf:main"),
     "report": Verb("run folders -> tables and figures", "moma.report:ReportConfig", "moma.report:main"),
 }
 

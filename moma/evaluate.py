@@ -7,6 +7,7 @@
     causal            a model whose rules are causal, dropless; a model without routers, which has no other mode
 
 Every number names its mode. Micro-batches have the run's own shape; baselines are scored on the very same targets.
+An import has neither corpus nor shape of its own: `data=...` gives it both.
 """
 
 import json
@@ -26,13 +27,7 @@ from moma.evaluation import EVALUATORS
 from moma.evaluation.baselines import fit
 from moma.evaluation.diagnostics import specialisation
 from moma.evaluation.error_injection import check_rates, error_injection, targets
-from moma.evaluation.pictures import (
-    PictureFeatures,
-    kernel_distance,
-    named_pictures,
-    picture_features,
-    unigram_codes,
-)
+from moma.evaluation.pictures import named_pictures, unigram_codes
 from moma.evaluation.runs import LoadedRun, load_run
 from moma.generation.interleaved import generate
 from moma.model.feed_forward import Mode
@@ -41,6 +36,7 @@ from moma.model.transformer import Transformer
 from moma.tokenizer.image import ImageTokenizer
 from moma.tokenizer.text import TextTokenizer
 from moma.train import DataConfig, require_held_out, validation_batches
+from moma.vqgan.metrics import PictureFeatures, kernel_distance, picture_features
 
 ROWS = 256  # pictures drawn at once
 MIN_PICTURES = 20
@@ -48,10 +44,12 @@ MIN_PICTURES = 20
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """`run`: a run folder; `batches`: held-out micro-batches (null: all); `out`: null writes RUN/eval.json."""
+    """`run`: a run folder; `data`: for an import alone; `batches`: held-out micro-batches (null: all); `out`: null
+    writes RUN/eval.json."""
 
     run: Path
     corpus: Path | None = None  # null: the run's own
+    data: DataConfig | None = None
     batches: int | None = 24
     pictures: int = 0  # held-out names to draw, for the distance of generated pictures from real ones
     error_rates: tuple[float, ...] = ()  # of planted routing errors; empty: none are planted
@@ -71,10 +69,11 @@ def main(composed: Composed) -> int:
     config: EvaluateConfig = composed.config
     device = choose_device(config.device)
     run = load_run(config.run, device)
-    corpus = config.corpus or run.corpus
+    data = data_of(run, config.data)
+    corpus = config.corpus or data.corpus
     require_held_out(corpus, run.vocab)
     artist = Artist(run, corpus, config.pictures, device) if config.pictures else None
-    result = evaluate(run, corpus, config.batches, device, config.error_rates)
+    result = evaluate(run, data, corpus, config.batches, device, config.error_rates)
     if artist is not None:
         result["pictures"] = artist.distances()
     out = config.out or config.run / "eval.json"
@@ -98,12 +97,33 @@ def modes_of(model: Transformer) -> dict[str, Mode]:
     return {mode: mode for mode in modes}
 
 
+def data_of(run: LoadedRun, given: DataConfig | None) -> DataConfig:
+    """Corpus and shape of the micro-batches: the run's own, or those given for an import; ValueError for both or
+    none."""
+    own = run.meta["config"].get("data")
+    if own and given:
+        raise ValueError(
+            f"got data=... for {run.run_dir}, need the run's own micro-batches, which are part of the model: leave "
+            "data out, give corpus=... for other documents"
+        )
+    if not own and not given:
+        raise ValueError(
+            f"got {run.run_dir}, an import without micro-batches of its own, need their shape and a corpus: add "
+            "data=emoji, or data=... and data.corpus=..."
+        )
+    return given or build(DataConfig, own, "data")
+
+
 def evaluate(
-    run: LoadedRun, corpus: Path, limit: int | None, device: torch.device, error_rates: tuple[float, ...] = ()
+    run: LoadedRun,
+    data: DataConfig,
+    corpus: Path,
+    limit: int | None,
+    device: torch.device,
+    error_rates: tuple[float, ...] = (),
 ) -> dict[str, Any]:
     """Everything `eval.json` holds; see the module docstring. Raises ValueError for `error_rates` without routers."""
     config: dict[str, Any] = run.meta["config"]
-    data: DataConfig = build(DataConfig, config["data"], "data")
     vocab, model = run.vocab, run.model
     if error_rates and not targets(model):
         raise ValueError(

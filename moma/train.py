@@ -163,6 +163,11 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     plan = Plan(dict(sources), config.data.shape, config.seed.data, config.data.mixture)
     newest = checkpoint.latest(run_dir / "checkpoints")
     meta = checkpoint.read_meta(newest) if newest else {}
+    if meta.get("imported"):
+        raise ValueError(
+            f"got run_dir={run_dir}, an import, which has nothing to resume, need a run folder of its own: set another "
+            f"run_dir and init_from={run_dir}"
+        )
     precision = config.precision
     if precision == "auto":
         precision = meta.get("precision") or choose_precision("auto", device)

@@ -7,7 +7,8 @@
     -                                          -> routers: initialised as from scratch, routing state 0
 
 The target is a run folder whose checkpoint has step 0, an identity of its own and the seed's place in the data plan:
-`moma train` with the same overrides resumes it. The learning rate starts over, the data goes on.
+`moma train` with the same overrides resumes it. The learning rate starts over, the data goes on. An import
+(`moma import_hf`) is a seed without data: its own start with the target.
 
 At step 0 identical experts answer like the seed: exactly where their weights sum to 1 and nothing is dropped. In Swin
 order the norm undoes the gates, so a token that any expert computes keeps its update up to the norm's eps; a token
@@ -61,6 +62,7 @@ from moma.train import (
 SAME = (
     "model", "depth", "vocab_hash", "data.rows", "data.row_length", "data.images", "data.mixture", "seed.data", "plan",
 )  # fmt: skip
+SAME_AS_IMPORT = ("model", "depth", "vocab_hash")
 CHUNK_TOKENS = 1024  # of logits compared at a time
 
 
@@ -135,7 +137,13 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
     newest, meta = _seed(config.seed_run)
     precision = meta["precision"] if config.precision == "auto" else config.precision
     identity = identity_of(target_settings(config, run_dir), precision, vocab, plan, config.data.corpus)
-    changed, _ = config_diff(meta["config"], identity, SAME)
+    imported = bool(meta.get("imported"))
+    if imported and config.optimizer == "keep":
+        raise ValueError(
+            f"got optimizer=keep and seed_run={config.seed_run}, an import without an optimizer, need reset: leave "
+            "optimizer out"
+        )
+    changed, _ = config_diff(meta["config"], identity, SAME_AS_IMPORT if imported else SAME)
     if changed:
         raise ValueError(
             f"got a target that differs from {config.seed_run} in more than feed_forward and attention "

@@ -16,7 +16,7 @@ FILES = {
 }
 SERVICES = {
     *("distributed", "optim", "checkpoint", "log", "meter"),
-    *("generation", "evaluation", "objectives", "hf_chameleon"),
+    *("generation", "evaluation", "objectives", "hf_chameleon", "meta_chameleon"),
 }
 PARTS = {"model", "data", "tokenizer", "vqgan"}
 
@@ -29,11 +29,12 @@ DOORS = {
     "transformers": {"moma.hf_chameleon"},
     "safetensors": {"moma.hf_chameleon", "moma.vqgan"},
     "matplotlib": {"moma.analysis"},
-    "tokenizers": {"moma.train_bpe"},
+    "tokenizers": {"moma.train_bpe", "moma.tokenizer.chameleon"},
     "PIL": {
         *("moma.tokenizer.image", "moma.tokenizer.documents", "moma.data.sources"),
         *("moma.prepare", "moma.generate", "moma.train_vq", "moma.analysis"),
     },
+    "yaml": {"moma.vqgan.convert"},
     "torchtune": {"moma.generation.kv_cache"},
     "fully_shard": {"moma.distributed"},
 }

@@ -13,9 +13,6 @@ from moma.data.shards import ShardedSource
 from moma.modality import Vocabulary
 from moma.tokenizer.documents import Picture, Text, decode_document
 from moma.tokenizer.text import TextTokenizer
-from moma.vqgan.metrics import PictureFeatures as PictureFeatures
-from moma.vqgan.metrics import kernel_distance as kernel_distance
-from moma.vqgan.metrics import picture_features as picture_features
 
 
 class NamedPicture(NamedTuple):

@@ -4,7 +4,8 @@
                               meta.json --tokenizer name--> asset, whose hash must be the checkpoint's
 
 The model is built on the meta device and filled from the newest checkpoint; it has auxiliary routers exactly if the
-run trained them. Refuses a run without a checkpoint and a tokenizer that has changed since.
+run trained them. Refuses a run without a checkpoint, a tokenizer that has changed since, and to name the corpus of an
+import, which has none.
 """
 
 from dataclasses import dataclass
@@ -28,10 +29,19 @@ class LoadedRun:
     model: Transformer
     vocab: Vocabulary
     tokenizer: Path
-    corpus: Path
     run_dir: Path
     checkpoint: Path
     meta: dict[str, Any]
+
+    @property
+    def corpus(self) -> Path:
+        """The corpus the run was trained on; ValueError for an import."""
+        if "data" not in self.meta["config"]:
+            raise ValueError(
+                f"got {self.run_dir}, an import without a corpus of its own, need a trained run for held-out "
+                "documents: give prompts or pictures"
+            )
+        return Path(self.meta["config"]["data"]["corpus"])
 
     @property
     def step(self) -> int:
@@ -72,4 +82,4 @@ def load_run(run_dir: Path, device: torch.device | str) -> LoadedRun:
     model.to_empty(device=device)
     checkpoint.load(newest, {"model": checkpoint.model_state(model)})
     model.eval().requires_grad_(False)
-    return LoadedRun(model, vocab, tokenizer, Path(config["data"]["corpus"]), run_dir, newest, meta)
+    return LoadedRun(model, vocab, tokenizer, run_dir, newest, meta)

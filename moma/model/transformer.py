@@ -40,6 +40,8 @@ from moma.model.init import SWIN_GAIN, init_weights
 from moma.model.routing import Disturbance, RouterStats, State
 from moma.schema import kind_field
 
+QK_NORM_EPS = 1e-5  # of LayerNorm, as in Chameleon's code, whatever `norm_eps` of the other norms is
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -174,7 +176,7 @@ def _block(architecture: Architecture, layer: int, modalities: tuple[str, ...], 
         config.kv_heads,
         config.qk_norm,
         config.rope_theta,
-        config.norm_eps,
+        QK_NORM_EPS,
         untied,
     )
     feed_forward = build_feed_forward(
