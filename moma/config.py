@@ -173,7 +173,8 @@ def _explain(verb: str, overrides: list[str], error: str) -> str:
         return f"got several values, {found[1]}, need one: start one command for each; a list is key=[a,b]"
     if found := re.search(r"Missing mandatory value: (\S+)", error):
         key = re.search(r"full_key: (\S+)", error)
-        path = key[1] if key else found[1]
+        # an interpolation names the value that is missing, its full key the one that asks for it
+        path = key[1] if key and "resolving interpolation" not in error else found[1]
         return f"got no value for {path}, need one: add {path}=..."
     if "override" in error or "input '" in error:
         reason = error.split("\nSee ")[0].replace("\n", " ")

@@ -3,65 +3,61 @@
     sources --split by key--> chunks --workers: open, encode pictures, encode text--> shards --> manifest
     (last)
 
-A chunk is a fixed run of a source's documents of about `shard_tokens` tokens and becomes one shard, so the
-result depends on the config alone, not on the number of workers or on interruptions. A finished shard leaves
-a record in `.progress/`; a stopped preparation, started again with the same config, makes the missing shards
-only. The manifest is written last: no training run can read half a corpus.
+A chunk is a fixed run of a source's documents of about `shard_tokens` tokens and becomes one shard
+(`moma/data/chunks.py`, `encoding.py`, `workers.py`), so the result depends on the config alone, not on the number
+of workers, the engine or interruptions. A finished shard leaves a record in `.progress/`; a stopped preparation,
+started again with the same config, makes the missing shards only. The manifest is written last: no training run
+can read half a corpus.
 
-Refuses to continue a corpus of another config or tokenizer (`overwrite=true` starts it afresh). A broken
-picture takes its document with it: skipped, counted and listed in the manifest, or an error with
-`on_error=stop`.
+    near_duplicates=keep    one pass over all chunks
+    near_duplicates=drop    held-out chunks first; training chunks are then compared with all of them
+
+What cannot be read is skipped, counted in the manifest and listed with place and reason in `skipped.jsonl`, or an
+error with `on_error=stop`. Refuses to continue a corpus of another config, tokenizer or input (`overwrite=true`
+starts it afresh).
 """
 
+import hashlib
 import json
 import os
 import shutil
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 
 from moma.checkpoint import LOCK, alone
 from moma.config import Composed
+from moma.data.chunks import Chunk, Cut, Survey, cut, survey
+from moma.data.encoding import AugmentConfig
+from moma.data.near_duplicates import joined, packed, unpacked
+from moma.data.ray_workers import in_ray, ray_session
 from moma.data.shards import (
     MANIFEST,
     read_manifest,
     source_record,
     token_dtype,
+    write_bytes,
     write_json,
     write_manifest,
-    write_shard,
 )
-from moma.data.sources import (
-    RawDocument,
-    SourceConfig,
-    attribution_text,
-    source_of,
-    sources_field,
-    split_of,
-)
+from moma.data.sources import SourceConfig, attribution_text, source_of, sources_field
+from moma.data.workers import PROGRESS, Setup, in_processes
+from moma.log import Progress
 from moma.modality import Vocabulary
 from moma.schema import plain
-from moma.tokenizer.documents import Document, Part, Picture, Text, encode_document
-from moma.tokenizer.image import ImageTokenizer, open_image
-from moma.tokenizer.text import TextTokenizer
-from moma.tokenizer.vocab import IMAGE_FILES, asset_folder, load_vocabulary
+from moma.tokenizer.vocab import asset_folder, load_vocabulary
 
 ATTRIBUTION = "ATTRIBUTION"
-PROGRESS = ".progress"
-_BYTES_PER_TOKEN = 4  # of English text: only sets where chunks end
-_PICTURES_AT_ONCE = 256  # opened pictures held by a worker
+SKIPPED = "skipped.jsonl"
+_LIBRARIES = ("torch", "pillow", "tiktoken", "numpy")  # whose versions may change a bit of the result
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,15 @@ class PrepareConfig:
     """`sources`: name -> {kind, options}; the corpus is `corpora`/`name`; `tokenizer` a name or a folder.
 
     `name` null: as the chosen data option. `folder` of the raw data is there for the options' interpolations.
-    `val_fraction` of split keys are held out by `salt`; a shard has about `shard_tokens` tokens; `workers`
-    processes (0: one per core); `device` of the image tokenizer; `on_error` skip or stop at a broken picture.
+    `val_fraction` of split keys are held out by `salt`; a shard has about `shard_tokens` tokens; `on_error` skip
+    or stop at what cannot be read.
+
+    `augment`: more views of training pictures. `near_duplicates` drop: training documents that show a picture
+    within `near_bits` of 64 bits of a held-out one, and texts that share `near_overlap` of their runs of words with
+    one, are skipped.
+
+    `engine` processes of this machine, or ray; `workers` 0: one per core, or per GPU with `device` cuda;
+    `ray_address` of a cluster, null: a Ray of this machine alone.
     """
 
     name: str | None = None
@@ -81,31 +84,16 @@ class PrepareConfig:
     val_fraction: float = 0.05
     salt: str = "moma-split-1"
     shard_tokens: int = 65536
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    near_duplicates: Literal["keep", "drop"] = "keep"
+    near_bits: int = 4
+    near_overlap: float = 0.8
+    engine: Literal["processes", "ray"] = "processes"
     workers: int = 0
+    ray_address: str | None = None
     device: str = "cpu"
     on_error: Literal["skip", "stop"] = "skip"
     overwrite: bool = False
-
-
-class Chunk(NamedTuple):
-    """Documents that become one shard: the `number`-th of its source and split."""
-
-    split: str
-    source: str
-    number: int
-    documents: list[RawDocument]
-
-    @property
-    def stem(self) -> str:
-        return f"{self.split}-{self.source}-{self.number:05d}"
-
-
-class Encoders(NamedTuple):
-    """What turns raw documents into tokens; `image` is None in an asset without an image tokenizer."""
-
-    text: TextTokenizer
-    image: ImageTokenizer | None
-    vocab: Vocabulary
 
 
 def main(composed: Composed) -> int:
@@ -119,65 +107,28 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make, continue or (if it is finished) reopen the corpus, and return its manifest.
 
     Workers are spawned: a script that calls this with more than one worker guards its main part as usual.
-    Raises ValueError for a config, tokenizer or source that does not fit, and for a broken picture with
-    `on_error=stop`.
+    Raises ValueError for a config, tokenizer or source that does not fit, for an input that changed since the
+    start, and for what cannot be read with `on_error=stop`.
     """
     _check(config)
-    asset = asset_folder(config.tokenizer)
+    asset = asset_folder(config.tokenizer).resolve()
     vocab = load_vocabulary(asset)
-    corpus = Path(config.corpora) / str(config.name)
+    corpus = Path(config.corpora).resolve() / str(config.name)
     provenance = _provenance(config, vocab)
     with alone(corpus):
-        if _begin(corpus, provenance, config.overwrite):
-            return read_manifest(corpus)
-        records = _shards(config, asset, vocab, corpus)
-        manifest = _manifest(config, vocab, provenance, records)
-        title = "The token shards in this folder were made from:"
-        (corpus / ATTRIBUTION).write_text(attribution_text(title, manifest["attribution"]))
-        write_manifest(corpus, manifest)
-        shutil.rmtree(corpus / PROGRESS)
+        if not _begin(corpus, provenance, config.overwrite):
+            rule = Cut(
+                config.val_fraction, config.salt, config.shard_tokens, vocab.tokens_per_image, config.augment.views
+            )
+            found = _survey(config, rule, corpus)
+            _make_shards(config, rule, found, asset, vocab, corpus)
+            manifest = _manifest(config, vocab, provenance, found, corpus)
+            title = "The token shards in this folder were made from:"
+            (corpus / ATTRIBUTION).write_text(attribution_text(title, manifest["attribution"]))
+            write_manifest(corpus, manifest)
+            _summary(manifest, corpus)
+        shutil.rmtree(corpus / PROGRESS, ignore_errors=True)
     return read_manifest(corpus)
-
-
-def encode_chunk(chunk: Chunk, encoders: Encoders, on_error: str) -> tuple[list[Document], dict[str, int], list[str]]:
-    """Encode a chunk's documents in order: documents, number skipped by reason, and "place: reason" of each.
-
-    Pictures of many documents go through the image tokenizer together; those that are codes already are kept.
-    """
-    encoded: list[Document] = []
-    skipped: Counter[str] = Counter()
-    places: list[str] = []
-    for batch in _picture_batches(chunk.documents):
-        opened: list[RawDocument] = []
-        images: list[Image.Image] = []
-        for document in batch:
-            if not any(isinstance(part, Picture) or part.text for part in _parts(document)):
-                skipped["empty"] += 1
-                places.append(f"{document.id}: no text and no picture")
-                continue
-            try:
-                images.extend(_open_pictures(document))
-            except (ValueError, OSError) as error:
-                if on_error == "stop":
-                    raise ValueError(
-                        f"got a broken picture in document {document.id} ({error}), need readable ones: "
-                        "mend or remove it, or pass on_error=skip"
-                    ) from error
-                skipped["broken_picture"] += 1
-                places.append(f"{document.id}: {error}")
-                continue
-            opened.append(document)
-        codes = iter(_encode_pictures(images, encoders, chunk.source))
-        for document in opened:
-            segments = [
-                [
-                    Picture(next(codes), part.place) if isinstance(part, Picture) and _is_raw(part) else part
-                    for part in segment
-                ]
-                for segment in document.segments
-            ]
-            encoded.append(encode_document(segments, encoders.text, encoders.vocab))
-    return encoded, dict(skipped), places
 
 
 def _check(config: PrepareConfig) -> None:
@@ -196,17 +147,33 @@ def _check(config: PrepareConfig) -> None:
             f"got shard_tokens={config.shard_tokens} and workers={config.workers}, need at least 1 and 0: "
             "use 65536 and 0"
         )
+    if not (0 <= config.near_bits <= 16 and 0.5 <= config.near_overlap <= 1):
+        raise ValueError(
+            f"got near_bits={config.near_bits} and near_overlap={config.near_overlap}, need 0 to 16 and 0.5 to 1: "
+            "use 4 and 0.8"
+        )
+    if config.ray_address and config.engine != "ray":
+        raise ValueError(f"got ray_address={config.ray_address} for engine={config.engine}, need ray: set engine=ray")
+    if config.device.startswith("cuda") and config.engine == "processes" and not torch.cuda.is_available():
+        raise ValueError(f"got device={config.device} on a machine without a usable GPU, need one: use device=cpu")
 
 
 def _provenance(config: PrepareConfig, vocab: Vocabulary) -> list[dict[str, Any]]:
     """All that decides the bytes of the corpus: equal provenance, equal shards."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_hash": vocab.hash,
         "val_fraction": config.val_fraction,
         "salt": config.salt,
         "shard_tokens": config.shard_tokens,
         "on_error": config.on_error,
     }
+    # Named only where they are not the plain way, so that corpora from before they existed are known again.
+    if config.augment.views > 1:
+        common["augment"] = plain(config.augment)
+    if config.near_duplicates == "drop":
+        common["near_duplicates"] = {"bits": config.near_bits, "overlap": config.near_overlap}
+    if config.device != "cpu":
+        common["device"] = config.device.split(":")[0]
     entries = []
     for name, options in plain(config)["sources"].items():
         source = config.sources[name]
@@ -215,9 +182,14 @@ def _provenance(config: PrepareConfig, vocab: Vocabulary) -> list[dict[str, Any]
     return entries
 
 
+def _libraries() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _LIBRARIES}
+
+
 def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> bool:
     """Open the corpus's folder; whether the corpus is finished already."""
     recorded = corpus / PROGRESS / "provenance.json"
+    libraries = recorded.with_name("libraries.json")
     if overwrite and corpus.exists():
         others = any(path.name not in (LOCK, PROGRESS) for path in corpus.iterdir())
         if not recorded.is_file() and not (corpus / MANIFEST).is_file() and others:
@@ -226,25 +198,31 @@ def _begin(corpus: Path, provenance: list[dict[str, Any]], overwrite: bool) -> b
                 "choose another name"
             )
         _clear(corpus, recorded)
-        write_json(recorded, provenance)
-        return False
-    if (corpus / MANIFEST).is_file():
-        found, finished = read_manifest(corpus)["provenance"], True
+    elif (corpus / MANIFEST).is_file():
+        _same(read_manifest(corpus)["provenance"], provenance, corpus)
+        return True
     elif recorded.is_file():
-        found, finished = json.loads(recorded.read_text()), False
+        _same(json.loads(recorded.read_text()), provenance, corpus)
+        if libraries.is_file() and (begun := json.loads(libraries.read_text())) != _libraries():
+            raise ValueError(
+                f"got corpus {corpus} begun with {begun}, now {_libraries()}, need the same to continue it: install "
+                "those, or pass overwrite=true"
+            )
         for temporary in corpus.rglob(".*.tmp*"):  # of killed workers
             temporary.unlink(missing_ok=True)
-    else:
-        recorded.parent.mkdir(parents=True, exist_ok=True)
-        write_json(recorded, provenance)
-        return False
-    if found != provenance:
+    recorded.parent.mkdir(parents=True, exist_ok=True)
+    write_json(libraries, _libraries())
+    write_json(recorded, provenance)
+    return False
+
+
+def _same(found: list[dict[str, Any]], need: list[dict[str, Any]], corpus: Path) -> None:
+    if found != need:
         raise ValueError(
-            f"got corpus {corpus} of another config, tokenizer or package version "
-            f"({_first_difference(found, provenance)}), "
+            f"got corpus {corpus} of another config, tokenizer, input file or package version "
+            f"({_first_difference(found, need)}), "
             "need the same to continue it: choose another name, or pass overwrite=true"
         )
-    return finished
 
 
 def _clear(corpus: Path, recorded: Path) -> None:
@@ -268,212 +246,136 @@ def _first_difference(found: list[dict[str, Any]], need: list[dict[str, Any]]) -
     if [entry["source"] for entry in found] != [entry["source"] for entry in need]:
         return f"sources {[entry['source'] for entry in found]}, now {[entry['source'] for entry in need]}"
     for old, new in zip(found, need, strict=True):
-        for key in new:
-            if old.get(key) != new[key]:
-                return f"{key} of {new['source']} was {old.get(key)!r}, now {new[key]!r}"
+        for key in {**new, **old}:
+            if old.get(key) != new.get(key):
+                return f"{key} of {new['source']} was {old.get(key)!r}, now {new.get(key)!r}"
     return "an entry that this version does not know"
 
 
-def _shards(
-    config: PrepareConfig, asset: Path, vocab: Vocabulary, corpus: Path
-) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Records of every shard by split and source; makes the shards whose record is missing."""
-    workers = config.workers or len(os.sched_getaffinity(0))
-    records: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    report = _Progress()
+def _survey(config: PrepareConfig, rule: Cut, corpus: Path) -> Survey:
+    """The listing in numbers: gone through once, so that what it refuses is refused before hours of work."""
+    path = corpus / PROGRESS / "listing.json"
+    if path.is_file():
+        return Survey(**json.loads(path.read_text()))
+    found = survey(config.sources, rule, stop=config.on_error == "stop")
+    write_json(path, found._asdict())
+    return found
 
-    def keep(record: dict[str, Any]) -> None:
-        records.setdefault((record["split"], record["source"]), []).append(record)
-        report.add(record)
 
-    if workers == 1:
-        _start_worker(asset, vocab, config.device)
-        for chunk in _chunks(config, vocab):
-            keep(_finished(corpus, chunk) or _make_shard(chunk, corpus, config.on_error))
+def _make_shards(config: PrepareConfig, rule: Cut, found: Survey, asset: Path, vocab: Vocabulary, corpus: Path) -> None:
+    """Make every shard whose record is missing."""
+    setup = Setup(corpus, asset, vocab, config.device, config.on_error, config.augment, config.salt)
+    progress = _Shown(sum(found.shards.values()), len(list((corpus / PROGRESS).glob("*-*.json"))))
+    with ray_session(config.workers, config.ray_address) if config.engine == "ray" else nullcontext() as ray:
+        run = partial(_run, config, rule, progress, ray)
+        if config.near_duplicates == "keep":
+            run(setup, ("train", "val"))
+            return
+        run(setup._replace(sketch=True), ("val",))
+        held_out = corpus / PROGRESS / "held-out.npz"
+        sketches = [
+            path.with_suffix(".npz") for path in _expected(config, found, corpus) if path.name.startswith("val-")
+        ]
+        write_bytes(held_out, packed(joined([unpacked(path) for path in sketches])))
+        near = {"held_out": held_out, "near_bits": config.near_bits, "near_overlap": config.near_overlap}
+        run(setup._replace(**near), ("train",))
+
+
+def _run(config: PrepareConfig, rule: Cut, progress: "_Shown", ray: Any, setup: Setup, splits: tuple[str, ...]) -> None:
+    """One pass over the chunks of some splits; `ray` None: by processes."""
+    list_chunks = partial(unfinished, config, rule, setup.corpus, splits)
+    if ray is not None:
+        made = in_ray(ray, list_chunks, setup, config.workers)
     else:
-        # Spawned, not forked: forking a process that has used torch's threads can hang.
-        pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_start_pool_worker, initargs=(asset, vocab, config.device)
-        )
-        waiting: set[Future[dict[str, Any]]] = set()
-        try:
-            for chunk in _chunks(config, vocab):
-                if done := _finished(corpus, chunk):
-                    keep(done)
-                    continue
-                waiting.add(pool.submit(_make_shard, chunk, corpus, config.on_error))
-                if len(waiting) >= 2 * workers:
-                    finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        keep(future.result())
-            for future in waiting:
-                keep(future.result())
-        except BrokenProcessPool as error:
+        gpus = torch.cuda.device_count() if config.device == "cuda" else 0
+        made = in_processes(list_chunks(), setup, config.workers or gpus or len(os.sched_getaffinity(0)))
+    with closing(made):
+        for record in made:
+            progress.add(record)
+
+
+def unfinished(config: PrepareConfig, rule: Cut, corpus: Path, splits: tuple[str, ...]) -> Iterator[Chunk]:
+    """The chunks of these splits whose shard is not there, or not whole; ValueError if one lists otherwise now."""
+    for chunk in cut(config.sources, rule):
+        if chunk.split not in splits:
+            continue
+        path = _progress_file(corpus, chunk.split, chunk.source, chunk.number)
+        record = json.loads(path.read_text()) if path.is_file() else None
+        if record is None or not _whole(corpus, record):
+            yield chunk
+        elif record["listed"] != chunk.digest():
             raise ValueError(
-                f"got a worker process that was killed (out of memory?), need all {workers} alive: start the "
-                "same command again with fewer workers; finished shards are kept"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-    report.end()
-    return {key: sorted(shards, key=lambda record: record["number"]) for key, shards in records.items()}
+                f"got other documents from source {chunk.source!r} than when shard {chunk.number} of {chunk.split} "
+                "was made, need the same to continue: put the input back as it was, or pass overwrite=true"
+            )
 
 
-def _chunks(config: PrepareConfig, vocab: Vocabulary) -> Iterator[Chunk]:
-    """Documents in order of source, cut into chunks by an estimate of their tokens."""
-    for name, source in config.sources.items():
-        held: dict[str, list[RawDocument]] = {"train": [], "val": []}
-        size, number = Counter(), Counter()
-        for document in source_of(source).documents(source):
-            split = split_of(document, config.val_fraction, config.salt)
-            held[split].append(document)
-            size[split] += _estimate(document, vocab)
-            if size[split] >= config.shard_tokens:
-                yield Chunk(split, name, number[split], held[split])
-                held[split], size[split] = [], 0
-                number[split] += 1
-        for split, documents in held.items():
-            if documents:
-                yield Chunk(split, name, number[split], documents)
+def _progress_file(corpus: Path, split: str, source: str, number: int) -> Path:
+    return corpus / PROGRESS / f"{Chunk(split, source, number, []).stem}.json"
 
 
-def _estimate(document: RawDocument, vocab: Vocabulary) -> int:
-    parts = _parts(document)
-    text = sum(len(part.text) for part in parts if isinstance(part, Text))
-    pictures = sum(isinstance(part, Picture) for part in parts)
-    return 2 + text // _BYTES_PER_TOKEN + pictures * (vocab.tokens_per_image + 2)
-
-
-def _finished(corpus: Path, chunk: Chunk) -> dict[str, Any] | None:
-    """The record of a shard that is there already; None if it is missing or its tokens are not whole."""
-    path = corpus / PROGRESS / f"{chunk.stem}.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
-    tokens = corpus / chunk.split / chunk.source / record["shard"]["file"]
-    size = tokens.stat().st_size if tokens.is_file() else 0
-    return record if size == record["shard"]["bytes"] else None
-
-
-# The tokenizers of this process: loaded once, used for every chunk that it gets.
-_ENCODERS: list[Encoders] = []
-
-
-def _start_pool_worker(asset: Path, vocab: Vocabulary, device: str) -> None:
-    # A worker whose parent was killed would wait for work for ever.
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _start_worker(asset, vocab, device)
-
-
-def _leave_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _start_worker(asset: Path, vocab: Vocabulary, device: str) -> None:
-    # One thread: workers share the cores, and codes must not depend on how many threads summed.
-    torch.set_num_threads(1)
-    _ENCODERS[:] = [load_encoders(asset, vocab, device)]
-
-
-def load_encoders(asset: Path, vocab: Vocabulary, device: str) -> Encoders:
-    """Text and image tokenizer of an asset folder; ValueError if codes and vocabulary do not fit."""
-    text = TextTokenizer.load(asset, vocab)
-    if not any((asset / name).is_file() for name in IMAGE_FILES):
-        return Encoders(text, None, vocab)
-    image = ImageTokenizer.load(asset, device)
-    n_codes = vocab.image_stop - vocab.image_start
-    if (image.n_codes, tuple(image.grid)) != (n_codes, tuple(vocab.image_grid)):
-        raise ValueError(
-            f"got an image tokenizer of {image.n_codes} codes on a grid of {tuple(image.grid)}, need "
-            f"{n_codes} on {tuple(vocab.image_grid)} as in {asset}/vocab.json: "
-            "train the two halves with the same sizes"
-        )
-    return Encoders(text, image, vocab)
-
-
-def _make_shard(chunk: Chunk, corpus: Path, on_error: str) -> dict[str, Any]:
-    """Encode and write one shard, then its record: a shard without a record is made again."""
-    (encoders,) = _ENCODERS
-    documents, skipped, places = encode_chunk(chunk, encoders, on_error)
-    folder = corpus / chunk.split / chunk.source
-    shard = write_shard(folder, chunk.number, documents, token_dtype(encoders.vocab.size))
-    record = {
-        "split": chunk.split,
-        "source": chunk.source,
-        "number": chunk.number,
-        "shard": shard,
-        "skipped": skipped,
-        "places": places,
-    }
-    write_json(corpus / PROGRESS / f"{chunk.stem}.json", record)
-    return record
-
-
-def _picture_batches(documents: list[RawDocument]) -> Iterator[list[RawDocument]]:
-    """Runs of documents with some `_PICTURES_AT_ONCE` pictures together."""
-    batch, held = [], 0
-    for document in documents:
-        batch.append(document)
-        held += sum(isinstance(part, Picture) for part in _parts(document))
-        if held >= _PICTURES_AT_ONCE:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _parts(document: RawDocument) -> list[Part]:
-    return [part for segment in document.segments for part in segment]
-
-
-def _is_raw(picture: Picture) -> bool:
-    return not isinstance(picture.content, np.ndarray)
-
-
-def _open_pictures(document: RawDocument) -> list[Image.Image]:
-    pictures = [part for part in _parts(document) if isinstance(part, Picture) and _is_raw(part)]
+def _expected(config: PrepareConfig, found: Survey, corpus: Path) -> list[Path]:
+    """Records that there are in the end, in order of source, split and number."""
     return [
-        picture.content
-        if isinstance(picture.content, Image.Image)
-        else open_image(cast(Callable[[], bytes], picture.content)(), picture.place)
-        for picture in pictures
+        _progress_file(corpus, split, name, number)
+        for name in config.sources
+        for split in ("train", "val")
+        for number in range(found.shards.get(f"{split}/{name}", 0))
     ]
 
 
-def _encode_pictures(images: list[Image.Image], encoders: Encoders, source: str) -> Sequence[np.ndarray]:
-    if not images:
-        return []
-    if encoders.image is None:
-        raise ValueError(
-            f"got pictures in source {source!r} but no image tokenizer, need {' and '.join(IMAGE_FILES)} in "
-            "the tokenizer's folder: run `moma train_vq`, or leave sources with pictures out"
-        )
-    return list(encoders.image.encode(images))
+def _whole(corpus: Path, record: dict[str, Any]) -> bool:
+    """Whether the files of a record are there, with as many tokens as it says."""
+    shard = record["shard"]
+    if "listed" not in record:
+        return False
+    if not shard["documents"]:
+        return True
+    tokens = corpus / record["split"] / record["source"] / shard["file"]
+    others = ["index.npz", *(["mask.bin"] if shard["mask"] else [])]
+    paths = [tokens, *(tokens.with_name(shard["file"].replace("tokens.bin", other)) for other in others)]
+    return all(path.is_file() for path in paths) and tokens.stat().st_size == shard["bytes"]
 
 
 def _manifest(
-    config: PrepareConfig,
-    vocab: Vocabulary,
-    provenance: list[dict[str, Any]],
-    records: dict[tuple[str, str], list[dict[str, Any]]],
+    config: PrepareConfig, vocab: Vocabulary, provenance: list[dict[str, Any]], found: Survey, corpus: Path
 ) -> dict[str, Any]:
+    """The manifest, out of the records; writes the list of what was skipped beside it."""
+    expected, there = set(_expected(config, found, corpus)), set((corpus / PROGRESS).glob("*-*.json"))
+    if expected != there:
+        differ = ", ".join(path.stem for path in sorted(expected ^ there)[:3])
+        raise ValueError(
+            f"got sources that list otherwise than at the start (shards {differ}), need an input that stays as it is: "
+            "put it back, or pass overwrite=true"
+        )
     splits: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
     skipped: Counter[str] = Counter()
-    attribution, places = [], []
-    for name, config_ in config.sources.items():
-        source = source_of(config_)
-        attribution += [{"source": name, **credit} for credit in source.attribution(config_)]
-        for split, entries in splits.items():
-            made = records.get((split, name), [])
-            for record in made:
-                skipped.update(record["skipped"])
-                places += record["places"]
-            entry = source_record(source.kind, [record["shard"] for record in made])
-            if entry["documents"]:
-                entries[name] = entry
+    attribution, digest = [], hashlib.sha256()
+    partial_file = corpus / f".{SKIPPED}.tmp"
+    with open(partial_file, "wb") as lines:
+        for name, config_ in config.sources.items():
+            source = source_of(config_)
+            attribution += [{"source": name, **credit} for credit in source.attribution(config_)]
+            for split, entries in splits.items():
+                shards = []
+                for number in range(found.shards.get(f"{split}/{name}", 0)):
+                    record = json.loads(_progress_file(corpus, split, name, number).read_text())
+                    shards.append(record["shard"])
+                    for kind, place, reason in record["skipped"]:
+                        skipped[kind] += 1
+                        entry = {"source": name, "split": split, "kind": kind, "place": place, "reason": reason}
+                        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+                        digest.update(line)
+                        lines.write(line)
+                entry = source_record(source.kind, shards)
+                if entry["documents"]:
+                    entries[name] = entry
+        lines.flush()
+        os.fsync(lines.fileno())
+    if skipped:
+        os.replace(partial_file, corpus / SKIPPED)
+    else:
+        partial_file.unlink()
     return {
         "name": config.name,
         "vocab_hash": vocab.hash,
@@ -481,33 +383,39 @@ def _manifest(
         "token_dtype": token_dtype(vocab.size),
         "splits": splits,
         "provenance": provenance,
+        "libraries": _libraries(),
         "attribution": attribution,
-        "skipped": dict(skipped),
-        "skipped_places": places,
+        "listed": found.listed,
+        "repeated_ids": found.repeated_ids,
+        "skipped": dict(sorted(skipped.items())),
+        "skipped_file": {"file": SKIPPED, "sha256": digest.hexdigest()} if skipped else None,
     }
 
 
-class _Progress:
-    """One line that is rewritten on a terminal; elsewhere a plain line every ten seconds."""
+def _summary(manifest: dict[str, Any], corpus: Path) -> None:
+    """Say on stderr what is not in the shards."""
+    if manifest["skipped"]:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in manifest["skipped"].items())
+        listed, skipped = sum(manifest["listed"].values()), sum(manifest["skipped"].values())
+        print(f"prepare: skipped {skipped:,} of {listed:,}: {kinds}; see {corpus / SKIPPED}", file=sys.stderr)
+    for source, number in manifest["repeated_ids"].items():
+        print(f"prepare: {number:,} documents of {source} bear the id of an earlier one; kept", file=sys.stderr)
 
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-        self.start = self.last = time.monotonic()
+
+class _Shown:
+    """How far it is: shards, and what those made now hold."""
+
+    def __init__(self, shards: int, finished: int) -> None:
+        self._bar = Progress("prepare: shard", shards, finished, stream=sys.stderr)
+        self._shards, self._done = shards, finished
+        self._count: Counter[str] = Counter()
 
     def add(self, record: dict[str, Any]) -> None:
+        self._done += 1
         shard = record["shard"]
-        self.count.update(shards=1, documents=shard["documents"], images=shard["images"], tokens=shard["tokens"])
-        self.count["skipped"] += sum(record["skipped"].values())
-        terminal, now = sys.stderr.isatty(), time.monotonic()
-        if terminal or now - self.last >= 10:
-            self._print(end="" if terminal else "\n")
-            self.last = now
-
-    def end(self) -> None:
-        self._print(end="\n")
-
-    def _print(self, end: str) -> None:
-        count = ", ".join(f"{number:,} {what}" for what, number in self.count.items())
-        start = "\r" if sys.stderr.isatty() else ""
-        line = f"{start}prepare: {count}, {time.monotonic() - self.start:.0f} s"
-        print(line, end=end, file=sys.stderr, flush=True)
+        self._count.update(documents=shard["documents"], images=shard["images"], tokens=shard["tokens"])
+        self._count["skipped"] += len(record["skipped"])
+        text = ", ".join(f"{number:,} {what}" for what, number in self._count.items())
+        self._bar.update(min(self._done, self._shards), text)
+        if self._done >= self._shards:
+            self._bar.close()

@@ -253,3 +253,8 @@ def test_the_defaults_of_a_verb_fill_its_dataclass(verb: str) -> None:
     else:
         assert build(type(composed.config), composed.resolved) == composed.config
         assert config.locate(VERBS[verb].entry)
+
+
+def test_a_mandatory_folder_is_asked_for_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"got no value for folder, need one: add folder=\.\.\."):
+        compose("prepare", ["data=openstax256"])

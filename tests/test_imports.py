@@ -32,9 +32,11 @@ DOORS = {
     "tokenizers": {"moma.train_bpe", "moma.tokenizer.chameleon"},
     "PIL": {
         *("moma.tokenizer.image", "moma.tokenizer.documents", "moma.data.sources"),
+        *("moma.data.encoding", "moma.data.near_duplicates"),
         *("moma.prepare", "moma.generate", "moma.train_vq", "moma.analysis"),
     },
     "yaml": {"moma.vqgan.convert"},
+    "pyarrow": {"moma.data.sources"},
     "torchtune": {"moma.generation.kv_cache"},
     "fully_shard": {"moma.distributed"},
 }

@@ -4,6 +4,9 @@ import hashlib
 import io
 import json
 import os
+import re
+import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,15 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import moma.data.encoding
 import moma.data.sources
-import moma.prepare
 from moma.checkpoint import alone
 from moma.config import compose
+from moma.data.encoding import AugmentConfig, load_encoders
 from moma.data.shards import open_corpus, open_source, read_manifest
-from moma.data.sources import RawDocument, Source
-from moma.prepare import PrepareConfig, load_encoders, prepare
+from moma.data.sources import Broken, RawDocument, Source
+from moma.data.sources.interleaved import InterleavedConfig
+from moma.prepare import PrepareConfig, prepare
 from moma.tokenizer.documents import Picture, Text, decode_document
 from moma.tokenizer.text import RANKS_FILE, TextTokenizer, write_ranks
 from moma.tokenizer.vocab import IMAGE_FILES, load_vocabulary, write_vocabulary
@@ -29,16 +35,16 @@ from moma.tokenizer.vocab import IMAGE_FILES, load_vocabulary, write_vocabulary
 class StubTokenizer:
     """Stands for the image tokenizer: four codes from a picture's red value."""
 
-    grid, n_codes = (2, 2), 16
+    grid, n_codes, size, preprocessing = (2, 2), 16, 2, "crop"
     encoded = 0
 
     @classmethod
     def load(cls, folder: Path, device: str) -> "StubTokenizer":
         return cls()
 
-    def encode(self, images: list[Image.Image]) -> np.ndarray:
-        StubTokenizer.encoded += len(images)
-        return np.array([np.arange(4) + image.convert("RGB").getpixel((0, 0))[0] % 12 for image in images])
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        StubTokenizer.encoded += len(pixels)
+        return np.array([np.arange(4) + square[0, 0, 0] % 12 for square in pixels])
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class MadeUpConfig:
     broken: int = -1
     empty: int = -1
     killed: int = -1
+    unreadable: int = -1
+    repeated: int = -1
     pictures: bool = True
     title: str = "Made up"
 
@@ -61,21 +69,44 @@ def _truncated() -> bytes:
     return _png(0)[:30]
 
 
-# A test sets this to the document before which listing fails, as a pulled plug would.
-STOP_AT = [-1]
+# A test sets this to the document before which listing fails, as a pulled plug would, and to how many listings end
+# well before: `prepare` goes through the sources once before it makes the first shard.
+STOP_AT = [-1, 1]
 
 
-def made_up(config: MadeUpConfig) -> Iterator[RawDocument]:
+def made_up(config: MadeUpConfig) -> Iterator[RawDocument | Broken]:
+    STOP_AT[1] -= 1
     for i in range(config.n):
-        if i == STOP_AT[0]:
+        if i == STOP_AT[0] and STOP_AT[1] < 0:
             raise KeyboardInterrupt
+        if i == config.unreadable:
+            yield Broken("unreadable", f"made.jsonl:{i}", "got no JSON")
+            continue
         content: Callable[[], bytes] = _truncated if i == config.broken else partial(_png, i)
         if i == config.killed:
             content = partial(os._exit, 1)  # type: ignore[assignment]
         picture = Picture(content, place=f"made/{i}.png")
         pair = (Text("" if i == config.empty else f"picture {i}"),)
-        yield RawDocument(f"made/{i}", f"k{i}", ((picture, *pair) if config.pictures else pair,))
+        id_ = "made/0" if i == config.repeated else f"made/{i}"
+        yield RawDocument(id_, f"k{i}", ((picture, *pair) if config.pictures else pair,))
 
+
+@dataclass(frozen=True)
+class TwinsConfig:
+    """40 training texts, the first 10 of which are also held out, behind them."""
+
+
+def twins(config: TwinsConfig) -> Iterator[RawDocument | Broken]:
+    STOP_AT[1] -= 1
+    for i in range(50):
+        if i == STOP_AT[0] and STOP_AT[1] < 0:
+            raise KeyboardInterrupt
+        split, number = ("train", i) if i < 40 else ("val", i - 40)
+        text = " ".join(hashlib.sha256(f"{number}:{word}".encode()).hexdigest()[:5] for word in range(20))
+        yield RawDocument(f"{split}/{number}", "", ((Text(text),),), split)
+
+
+TWINS = Source(TwinsConfig, twins, lambda c: [], "text")
 
 MADE_UP = Source(
     MadeUpConfig,
@@ -93,10 +124,11 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in IMAGE_FILES:
         (folder / name).write_text("stub")
     write_vocabulary(folder, text_size=256, image_codes=16, image_grid=(2, 2))
-    monkeypatch.setattr(moma.prepare, "ImageTokenizer", StubTokenizer)
+    monkeypatch.setattr(moma.data.encoding, "ImageTokenizer", StubTokenizer)
     monkeypatch.setitem(moma.data.sources.SOURCES, "made_up", MADE_UP)
+    monkeypatch.setitem(moma.data.sources.SOURCES, "twins", TWINS)
     monkeypatch.setattr(StubTokenizer, "encoded", 0)
-    STOP_AT[0] = -1
+    STOP_AT[:] = [-1, 1]
     return folder
 
 
@@ -183,7 +215,7 @@ def test_continues_after_a_stop(asset: Path) -> None:
     encoded = StubTokenizer.encoded
     config = _config(asset, "stopped")
     corpus = Path(config.corpora) / "stopped"
-    STOP_AT[0] = 25
+    STOP_AT[:] = [25, 1]
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     assert not (corpus / "manifest.json").exists()
@@ -257,24 +289,172 @@ def test_killed_overwrite_leaves_no_manifest_without_shards(asset: Path, monkeyp
     assert prepare(_config(asset, overwrite=True)) == whole and _verified(corpus)
 
 
-def test_broken_picture_is_skipped_with_its_place(asset: Path) -> None:
-    manifest = prepare(_config(asset, source=MadeUpConfig(broken=7)))
-    assert manifest["skipped"] == {"broken_picture": 1}
-    (place,) = manifest["skipped_places"]
-    assert place.startswith("made/7: ") and "made/7.png" in place
-    assert sum(split["made"]["documents"] for split in manifest["splits"].values()) == 39
+def _skipped(corpus: Path) -> list[dict[str, str]]:
+    """The lines of skipped.jsonl, once the manifest's hash and counts are known to fit."""
+    manifest, content = read_manifest(corpus), (corpus / "skipped.jsonl").read_bytes()
+    assert manifest["skipped_file"] == {"file": "skipped.jsonl", "sha256": hashlib.sha256(content).hexdigest()}
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert Counter(line["kind"] for line in lines) == manifest["skipped"]
+    return lines
 
 
-def test_broken_picture_stops(asset: Path) -> None:
+def test_what_is_broken_is_skipped_with_its_place(asset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = prepare(_config(asset, source=MadeUpConfig(broken=7, unreadable=30)))
+    assert manifest["skipped"] == {"broken_picture": 1, "unreadable": 1} and manifest["listed"] == {"made": 40}
+    picture, line = _skipped(asset.parent / "corpora" / "c")
+    assert (picture["place"], picture["split"]) == ("made/7", "train") and "made/7.png" in picture["reason"]
+    unreadable = {"source": "made", "split": "train", "kind": "unreadable", "place": "made.jsonl:30"}
+    assert line == unreadable | {"reason": "got no JSON"}
+    assert sum(split["made"]["documents"] for split in manifest["splits"].values()) == 38
+    told = "prepare: skipped 2 of 40: 1 broken_picture, 1 unreadable; see .*skipped.jsonl"
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_what_is_broken_does_not_depend_on_a_stop(asset: Path) -> None:
+    source = MadeUpConfig(broken=3, unreadable=30)
+    whole = prepare(_config(asset, "whole", source=source))
+    STOP_AT[:] = [25, 1]
+    with pytest.raises(KeyboardInterrupt):
+        prepare(_config(asset, "stopped", source=source))
+    STOP_AT[0] = -1
+    assert prepare(_config(asset, "stopped", source=source)) == whole | {"name": "stopped"}
+    assert _skipped(asset.parent / "corpora" / "whole") == _skipped(asset.parent / "corpora" / "stopped")
+
+
+def test_nothing_skipped_no_list(asset: Path) -> None:
+    assert prepare(_config(asset))["skipped_file"] is None
+    assert not list((asset.parent / "corpora").rglob("*skipped*"))
+
+
+def test_what_is_broken_stops(asset: Path) -> None:
     with pytest.raises(ValueError, match=r"got a broken picture in document made/7 .*made/7\.png.* on_error=skip"):
         prepare(_config(asset, source=MadeUpConfig(broken=7), on_error="stop"))
+    message = r"got made\.jsonl:30 of source 'made', which is broken \(unreadable: got no JSON\), need .* on_error=skip"
+    with pytest.raises(ValueError, match=message):
+        prepare(_config(asset, "d", source=MadeUpConfig(unreadable=30), on_error="stop"))
+    assert STOP_AT[1] == 1 - 3 and not list((asset.parent / "corpora" / "d").rglob("*.bin"))  # before any work
 
 
 def test_empty_document_is_skipped(asset: Path) -> None:
     _no_pictures(asset)
-    manifest = prepare(_config(asset, source=MadeUpConfig(empty=3, pictures=False)))
-    assert manifest["skipped"] == {"empty": 1}
-    assert manifest["skipped_places"] == ["made/3: no text and no picture"]
+    source = MadeUpConfig(empty=3, pictures=False)
+    assert prepare(_config(asset, source=source))["skipped"] == {"empty": 1}
+    (line,) = _skipped(asset.parent / "corpora" / "c")
+    assert (line["place"], line["reason"]) == ("made/3", "no text and no picture")
+    with pytest.raises(ValueError, match=r"got the document made/3 \(empty: no text and no picture\), need readable"):
+        prepare(_config(asset, "d", source=source, on_error="stop"))
+
+
+def test_repeated_ids_are_kept_and_told(asset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = prepare(_config(asset, source=MadeUpConfig(repeated=9)))
+    assert manifest["repeated_ids"] == {"made": 1}
+    assert sum(split["made"]["documents"] for split in manifest["splits"].values()) == 40
+    assert "prepare: 1 documents of made bear the id of an earlier one; kept" in capsys.readouterr().err
+
+
+def test_changed_input_is_noticed(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(asset)
+    STOP_AT[:] = [25, 1]
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    STOP_AT[0] = -1
+    with monkeypatch.context() as patch:
+        patch.setitem(moma.data.sources.SOURCES, "made_up", replace(MADE_UP, documents=_renamed))
+        message = "got other documents from source 'made' than when shard 0 of train was made, need the same"
+        with pytest.raises(ValueError, match=message):
+            prepare(config)
+    with monkeypatch.context() as patch:
+        patch.setitem(moma.data.sources.SOURCES, "made_up", replace(MADE_UP, documents=_longer))
+        with pytest.raises(ValueError, match=r"got sources that list otherwise than at the start \(shards train-made-"):
+            prepare(config)
+
+
+def _renamed(config: MadeUpConfig) -> Iterator[RawDocument | Broken]:
+    yield from (replace(document, id=f"{document.id}!") for document in made_up(config))  # type: ignore[type-var]
+
+
+def _longer(config: MadeUpConfig) -> Iterator[RawDocument | Broken]:
+    yield from made_up(config)
+    yield from (replace(document, split="train") for document in made_up(replace(config, n=20)))  # type: ignore
+
+
+def test_other_libraries_do_not_continue(asset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = prepare(_config(asset))
+    assert finished["libraries"]["torch"] == torch.__version__
+    STOP_AT[:] = [25, 1]
+    with pytest.raises(KeyboardInterrupt):
+        prepare(_config(asset, "stopped"))
+    STOP_AT[0] = -1
+    monkeypatch.setattr("moma.prepare.metadata.version", lambda name: "0.0")
+    with pytest.raises(ValueError, match=r"stopped begun with .*torch.*, need the same to continue it: install"):
+        prepare(_config(asset, "stopped"))
+    assert prepare(_config(asset)) == finished
+
+
+def test_augmented_views(asset: Path) -> None:
+    plain = prepare(_config(asset))
+    manifest = prepare(_config(asset, "views", augment=AugmentConfig(views=3, flip=True)))
+    assert manifest["provenance"][0]["augment"] == {"views": 3, "min_crop": 1.0, "flip": True}
+    for split, factor in (("train", 3), ("val", 1)):
+        assert manifest["splits"][split]["made"]["images"] == factor * plain["splits"][split]["made"]["images"]
+    assert "augment" not in plain["provenance"][0]
+    with pytest.raises(ValueError, match=r"\(augment of made was \{.*\}, now None\)"):
+        prepare(_config(asset, "views"))
+
+
+def test_hostile_input_is_skipped_line_by_line(asset: Path, tmp_path: Path) -> None:
+    good, bomb = _png(1), bytearray(_png(1))
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2  # the size in its header
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        for name, content in (("a.png", good), ("cut.png", good[:40]), ("bomb.png", bytes(bomb)), ("../b.png", good)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    lines: list[Any] = [{"id": "good", "segs": [{"t": "text"}, {"i": "a.png"}]}, "{not JSON", {"id": "no segments"}, 17]
+    lines += [{"id": name, "segs": [{"i": name}]} for name in ("cut.png", "bomb.png", "../b.png", "none.png")]
+    lines += [{"id": "empty", "segs": [{"t": ""}]}, {"id": "long", "segs": [{"t": "x" * 10 * 2**20}]}]
+    lines += [{"id": "types", "segs": [{"t": 5}]}, {"id": "last", "segs": [{"t": " " * 2**20}]}]
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / "p.jsonl").write_bytes(text.encode() + b'\n{"id": "\xff"}\n')
+    config = _config(asset, source=InterleavedConfig(str(tmp_path / "p.jsonl"), str(tmp_path / "p.tar"), split="train"))
+    manifest = prepare(config)
+    assert manifest["splits"]["train"]["made"]["documents"] == 2  # good and last
+    broken = {line["place"]: line["kind"] for line in _skipped(asset.parent / "corpora" / "c")}
+    kinds = {2: "unreadable", 3: "wrong_type", 4: "wrong_type", 7: "outside", 9: "empty", 10: "too_large"}
+    kinds |= {11: "wrong_type", 13: "unreadable"}
+    assert broken == {
+        f"{tmp_path}/p.tar:../b.png": "outside",
+        **{f"{tmp_path}/p.jsonl:{number}": kind for number, kind in kinds.items()},
+        **{name: "broken_picture" for name in ("cut.png", "bomb.png", "none.png")},
+    }
+    with pytest.raises(
+        ValueError, match=r"p\.tar:\.\./b\.png of source 'made', which is broken \(outside: .*on_error=skip"
+    ):
+        prepare(replace(config, name="d", on_error="stop"))
+
+
+def test_near_duplicates(asset: Path) -> None:
+    _no_pictures(asset)
+    source = TwinsConfig()
+    assert prepare(replace(_config(asset), sources={"twins": source}))["skipped"] == {}
+    config = replace(_config(asset, "dropped", near_duplicates="drop"), sources={"twins": source})
+    manifest = prepare(config)
+    corpus = asset.parent / "corpora" / "dropped"
+    assert manifest["skipped"] == {"near_duplicate": 10}
+    lines = _skipped(corpus)
+    assert {line["place"] for line in lines} == {f"train/{i}" for i in range(10)}
+    assert lines[3]["reason"] == "100% of its runs of 5 words are those of held-out text val/3"
+    assert manifest["splits"]["train"]["twins"]["documents"] == 30
+    assert manifest["splits"]["val"]["twins"]["documents"] == 10
+    assert manifest["provenance"][0]["near_duplicates"] == {"bits": 4, "overlap": 0.8}
+    # listings: the survey, held-out chunks, training chunks
+    for name, listing, workers in (("second", 1, 1), ("third", 2, 2)):
+        STOP_AT[:] = [40, listing]
+        with pytest.raises(KeyboardInterrupt):
+            prepare(replace(config, name=name))
+        STOP_AT[0] = -1
+        assert prepare(replace(config, name=name, workers=workers)) == manifest | {"name": name}
+        assert _files(corpus).keys() == _files(corpus.parent / name).keys() and _verified(corpus.parent / name)
 
 
 def test_pictures_need_an_image_tokenizer(asset: Path) -> None:
@@ -319,6 +499,8 @@ def test_bad_configs(asset: Path) -> None:
         ({"val_fraction": 1.0}, "got val_fraction=1.0, need 0 to below 1"),
         ({"workers": -1}, "got shard_tokens=100 and workers=-1, need at least 1 and 0"),
         ({"tokenizer": "smal"}, "did you mean 'small'"),
+        ({"near_bits": 17}, "got near_bits=17 and near_overlap=0.8, need 0 to 16 and 0.5 to 1: use 4 and 0.8"),
+        ({"ray_address": "auto"}, "got ray_address=auto for engine=processes, need ray: set engine=ray"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare(replace(config, **changes))
@@ -328,7 +510,7 @@ def test_yaml_is_the_dataclass() -> None:
     config = compose("prepare", []).config
     assert list(config.sources) == ["twemoji", "openmoji", "web", "asv"]
     assert replace(config, sources={}) == PrepareConfig()
-    with pytest.raises(ValueError, match="need one of emoji, scripture, interleaved: did you mean emoji"):
+    with pytest.raises(ValueError, match="need one of emoji, scripture, interleaved.*: did you mean emoji"):
         compose("prepare", ["sources.twemoji.kind=emojy"])
 
 
@@ -341,7 +523,7 @@ def test_no_shard_of_a_whole_skipped_chunk(asset: Path) -> None:
 
 def test_record_of_a_lost_shard_is_not_trusted(asset: Path) -> None:
     config = _config(asset)
-    STOP_AT[0] = 25
+    STOP_AT[:] = [25, 1]
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     progress = Path(config.corpora) / "c" / ".progress"

@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_shard(folder: Path, number: int, documents: Sequence[Document], dtype:
     images = np.concatenate([document.segment_images for document in documents]).astype(np.int32)
     folder.mkdir(parents=True, exist_ok=True)
     packed = tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-    _write(folder / record["file"], packed)
+    write_bytes(folder / record["file"], packed)
     index = folder / f"{stem}.index.npz"
     buffer = io.BytesIO()
     np.savez(
@@ -72,11 +73,11 @@ def write_shard(folder: Path, number: int, documents: Sequence[Document], dtype:
         segment_offset=np.concatenate([*segments, starts[-1:]]).astype(np.int64),
         segment_images=images,
     )
-    _write(index, buffer.getvalue())
+    write_bytes(index, buffer.getvalue())
     masked = any(document.mask is not None for document in documents)
     if masked:
         masks = [np.ones(len(d.tokens), np.uint8) if d.mask is None else d.mask for d in documents]
-        _write(folder / f"{stem}.mask.bin", np.concatenate(masks).astype(np.uint8).tobytes())
+        write_bytes(folder / f"{stem}.mask.bin", np.concatenate(masks).astype(np.uint8).tobytes())
     return record | {
         "tokens": len(tokens),
         "images": int(images.sum()),
@@ -115,9 +116,25 @@ def write_manifest(corpus: Path, manifest: dict[str, Any]) -> None:
     write_json(Path(corpus) / MANIFEST, {"format": FORMAT, **manifest})
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    # A name of its own on every machine that may be writing the same file to a shared folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, fsync, rename: the file is whole or not there."""
-    _write(Path(path), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(Path(path), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
@@ -276,16 +293,6 @@ def _need_file(path: Path) -> None:
 
 def _sibling(file: str, ending: str) -> str:
     return file.removesuffix("tokens.bin") + ending
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def corpus_hash(corpus: Path, split: str) -> str:

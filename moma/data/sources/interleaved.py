@@ -5,151 +5,133 @@
 
 `segs` in document order: `t` is text, cuttable anywhere; `i` is a picture's file name with an optional
 caption `cap` and description `alt`, which stay with the picture. `key` (default: the id) decides train or
-val. The JSON Lines file may be compressed (.gz, .xz). A tar file is read in place by offset, never unpacked.
+val. The JSON Lines file may be compressed (.gz, .bz2, .xz, .zst). A tar file is read in place by offset, never
+unpacked.
 
-Refuses picture names that lead out of the folder, a line that is no such object, and a file that cannot be read
-to its end (a tar file must not be compressed).
+`take` makes several sources of one file: `pages` as they are, `pictures` each with its caption, `prose` without
+pictures; a mixture needs a source of text alone, which fills rows exactly.
+
+A line that is no such object, or names a picture outside of its folder, is `Broken`; so is the rest of a file whose
+stream breaks. Refuses a tar file of which nothing can be read (it must not be compressed).
 """
 
-import gzip
-import json
-import lzma
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from moma.data.sources.raw import RawDocument, Source
+from moma.data.sources.files import check_id, check_text, finder, paths, printable, records, version_of
+from moma.data.sources.raw import (
+    Broken,
+    Captions,
+    Order,
+    RawDocument,
+    Refused,
+    Source,
+    Split,
+    Take,
+    caption_of,
+    credit,
+    fixed_split,
+    taken,
+)
 from moma.tokenizer.documents import Part, Picture, Text
-
-_CAPTIONS = {"cap": ("cap",), "alt": ("alt",), "both": ("cap", "alt"), "none": ()}
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
 class InterleavedConfig:
-    """`documents` JSON Lines file, `pictures` folder or tar file.
+    """`documents` JSON Lines file or a pattern of several; `pictures` folder or tar file, or one for each of them.
 
-    `captions` cap, alt, both or none; `split` auto (by key), or train or val for data that comes split.
-    `author`, `licence` and `url` go to the corpus's attribution.
+    `captions` cap, alt, both or none; `min_caption` leaves out pictures whose caption and description are both
+    shorter. `take` pages, pictures (with a caption of at most `max_caption` characters, 0: any, in this `order`) or
+    prose. `split` auto (by key), or train, val or name (of the file: "train.jsonl") for data that comes split.
+    `title` (default: the file's name), `author`, `licence` and `url` go to the corpus's attribution.
     """
 
     documents: str
     pictures: str
-    captions: Literal["cap", "alt", "both", "none"] = "both"
-    split: Literal["auto", "train", "val"] = "auto"
+    captions: Captions = "both"
+    min_caption: int = 0
+    take: Take = "pages"
+    max_caption: int = 0
+    order: Order = "half"
+    split: Split = "auto"
+    title: str = ""
     author: str = "unknown"
     licence: str = "unknown"
     url: str = ""
 
     def __post_init__(self) -> None:
-        for path in (self.documents, self.pictures):
-            if not Path(path).exists():
-                raise ValueError(f"got no file or folder {path!r}, need one: correct the path")
-
-
-def documents(config: InterleavedConfig) -> Iterator[RawDocument]:
-    """One document a line, in the file's order; ValueError names a line that cannot be read."""
-    find = _finder(Path(config.pictures))
-    path = Path(config.documents)
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            segments = tuple(_segment(entry, find, config) for entry in record["segs"])
-            name = str(record["id"])
-            key = str(record.get("key", name))
-            (name + key).encode()  # half a surrogate pair could not be hashed or written to the manifest
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError, json.JSONDecodeError) as error:
+        files, pictures = paths(self.documents), paths(self.pictures, folders=True)
+        if len(pictures) not in (1, len(files)):
             raise ValueError(
-                f"got line {number} of {path} unreadable ({error!r}), need an object with 'id' and "
-                "'segs', each of them {'t': text} or {'i': file}: correct the line"
-            ) from error
-        yield RawDocument(name, key, segments, split=None if config.split == "auto" else config.split)
+                f"got {len(pictures)} of pictures={self.pictures!r} for {len(files)} files, need one, or one for each: "
+                "correct the patterns"
+            )
+        for path in files:
+            fixed_split(self.split, path)
+
+
+def documents(config: InterleavedConfig) -> Iterator[RawDocument | Broken]:
+    """What is taken of each line, in the file's order."""
+    files, pictures = paths(config.documents), paths(config.pictures, folders=True)
+    find = None
+    for number, path in enumerate(files):
+        if find is None or len(pictures) > 1:
+            try:
+                find, broken = finder(pictures[number])
+            except ValueError as error:
+                if not number:
+                    raise
+                yield Broken("unreadable", printable(str(path)), str(error))
+                continue
+            yield from broken
+        split = fixed_split(config.split, path)
+        for record in records(path):
+            if isinstance(record, Broken):
+                yield record
+                continue
+            place, value = record
+            try:
+                page = _page(value, find, split, config)
+            except Refused as refused:
+                yield Broken(refused.kind, place, str(refused))
+                continue
+            yield from taken(page, config.take, config.order, config.max_caption)
 
 
 def attribution(config: InterleavedConfig) -> list[dict[str, str]]:
     """Credits as configured."""
-    path = Path(config.documents)
-    version = f"{path.stat().st_size} bytes"
-    return [
-        {
-            "title": path.name,
-            "author": config.author,
-            "licence": config.licence,
-            "url": config.url,
-            "version": version,
-        }
-    ]
+    files = paths(config.documents)
+    return credit(config.title or files[0].name, config.author, config.licence, config.url, version_of(files))
 
 
-def read_slice(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def _page(record: Any, find: Callable[[str], Picture], split: str | None, config: InterleavedConfig) -> RawDocument:
+    if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("segs"), list):
+        raise Refused(
+            "wrong_type", f"got {record!r:.60}, need an object with 'id' and 'segs', a list of {{'t': text}} or "
+            "{'i': file}: correct it"
+        )  # fmt: skip
+    id_ = check_id(record["id"])
+    key = check_id(record.get("key", id_))
+    segments = [segment for entry in record["segs"] if (segment := _segment(entry, find, config))]
+    if not segments and not any("i" in entry for entry in record["segs"]):
+        raise Refused("empty", "got a document without text and pictures, need either: remove it")
+    return RawDocument(id_, key, tuple(segments), split)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"got {path} that cannot be read ({error}), need JSON Lines in UTF-8, plain or whole .gz or .xz: "
-            "copy or compress it again"
-        ) from error
-
-
-def _segment(entry: dict[str, Any], find: Callable[[str], Picture], config: InterleavedConfig) -> tuple[Part, ...]:
+def _segment(entry: Any, find: Callable[[str], Picture], config: InterleavedConfig) -> tuple[Part, ...] | None:
+    if not isinstance(entry, dict) or not ("t" in entry or "i" in entry):
+        raise Refused("wrong_type", f"got segment {entry!r:.60}, need {{'t': text}} or {{'i': file}}: correct it")
     if "t" in entry:
-        return (Text(_string(entry, "t")),)
+        text = check_text(entry["t"], "'t'")
+        return (Text(text),) if text else None
     # Checked whether or not they are asked for: a line is sound or broken under any config.
-    texts = {field: _string(entry, field) for field in ("cap", "alt") if entry.get(field) is not None}
-    captions = [texts[field] for field in _CAPTIONS[config.captions] if texts.get(field)]
-    return (find(_string(entry, "i")), *([Text("\n".join(captions))] if captions else []))
-
-
-def _string(entry: dict[str, Any], field: str) -> str:
-    if not isinstance(entry[field], str):
-        raise TypeError(f"{field!r} is no string but {entry[field]!r:.40}")
-    return entry[field]
-
-
-def _finder(pictures: Path) -> Callable[[str], Picture]:
-    if pictures.is_dir():
-        return partial(_in_folder, pictures.resolve())
-    try:
-        with tarfile.open(pictures, "r:") as archive:
-            index = {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(
-            f"got {pictures} that cannot be read as a tar file ({error}), need a whole, uncompressed one or a "
-            "folder: decompress it or copy it again"
-        ) from error
-    return partial(_in_tar, pictures, index)
-
-
-def _in_folder(folder: Path, name: str) -> Picture:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder):
-        raise ValueError(f"got picture {name!r} outside of {folder}, need a file inside: correct the documents")
-    return Picture(path.read_bytes, place=str(path))
-
-
-def _in_tar(path: Path, index: dict[str, tuple[int, int]], name: str) -> Picture:
-    place = f"{path}:{name}"
-    if name not in index:
-        return Picture(partial(_missing, place), place)
-    return Picture(partial(read_slice, path, *index[name]), place)
-
-
-def _missing(place: str) -> bytes:
-    raise FileNotFoundError(f"no such picture: {place}")
+    cap, alt = ("" if entry.get(field) is None else check_text(entry[field], f"'{field}'") for field in ("cap", "alt"))
+    picture = find(check_text(entry["i"], "'i'"))
+    caption = caption_of(cap, alt, config.captions, config.min_caption)
+    if caption is None:
+        return None
+    return (picture, Text(caption)) if caption else (picture,)
 
 
 SOURCE = Source(InterleavedConfig, documents, attribution, "interleaved")
