@@ -33,10 +33,11 @@ DOORS = {
     "PIL": {
         *("moma.tokenizer.image", "moma.tokenizer.documents", "moma.data.sources"),
         *("moma.data.encoding", "moma.data.near_duplicates"),
-        *("moma.prepare", "moma.generate", "moma.train_vq", "moma.analysis"),
+        *("moma.generate", "moma.train_vq", "moma.analysis"),
     },
     "yaml": {"moma.vqgan.convert"},
     "pyarrow": {"moma.data.sources"},
+    "ray": {"moma.data.ray_workers"},
     "torchtune": {"moma.generation.kv_cache"},
     "fully_shard": {"moma.distributed"},
 }

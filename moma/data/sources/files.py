@@ -18,6 +18,7 @@ import bz2
 import codecs
 import glob
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -36,6 +37,7 @@ from moma.data.sources.raw import MAX_LINE, MAX_NAME, MAX_PICTURE_BYTES, Broken,
 from moma.tokenizer.documents import Picture
 
 BLOCK = 2**20  # bytes read at once
+SAMPLE, SAMPLES = 2**12, 64  # bytes of a piece, pieces of a file, that a version is made of
 MAX_EXPANSION = 200  # text compresses 3 to 20 times, repetitive JSON 50 times; a bomb 1,000 times and more
 FREE_EXPANSION = 16 * 2**20  # bytes that any compressed file may become
 MAX_BLANK = 100  # empty lines in a row that are kept: a kilobyte of .bz2 may hold millions
@@ -90,9 +92,21 @@ def suffix_of(path: Path) -> str:
 
 
 def version_of(files: Iterable[Path]) -> str:
-    """What tells one state of the files from another in a corpus's provenance: their number and sizes."""
-    sizes = [path.stat().st_size for path in files]
-    return f"{len(sizes)} files, {sum(sizes)} bytes" if len(sizes) > 1 else f"{sum(sizes)} bytes"
+    """What tells one state of the files from another in a corpus's provenance: number, sizes, a digest of samples.
+
+    Small files count whole, large ones by SAMPLES evenly spaced pieces: a change in place may lie between them.
+    """
+    files, digest, total = list(files), hashlib.sha256(), 0
+    for path in files:
+        size = path.stat().st_size
+        total += size
+        digest.update(b"%d\n" % size)
+        with open(path, "rb") as file:
+            for offset in range(0, size, max(SAMPLE, size // SAMPLES)):
+                file.seek(offset)
+                digest.update(file.read(SAMPLE))
+    number = f"{len(files)} files, " if len(files) > 1 else ""
+    return f"{number}{total} bytes, sample {digest.hexdigest()[:16]}"
 
 
 def printable(name: str) -> str:

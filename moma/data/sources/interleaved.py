@@ -102,7 +102,9 @@ def documents(config: InterleavedConfig) -> Iterator[RawDocument | Broken]:
 def attribution(config: InterleavedConfig) -> list[dict[str, str]]:
     """Credits as configured."""
     files = paths(config.documents)
-    return credit(config.title or files[0].name, config.author, config.licence, config.url, version_of(files))
+    archives = [path for path in paths(config.pictures, folders=True) if path.is_file()]  # pictures in folders are many
+    version = version_of([*files, *archives])
+    return credit(config.title or files[0].name, config.author, config.licence, config.url, version)
 
 
 def _page(record: Any, find: Callable[[str], Picture], split: str | None, config: InterleavedConfig) -> RawDocument:

@@ -71,7 +71,10 @@ def documents(config: LlavaConfig) -> Iterator[RawDocument | Broken]:
 def attribution(config: LlavaConfig) -> list[dict[str, str]]:
     """Credits as configured."""
     files = paths(config.documents)
-    return credit(config.title or files[0].name, config.author, config.licence, config.url, version_of(files))
+    places = paths(config.pictures, folders=True) if config.pictures else []
+    archives = [path for path in places if path.is_file()]  # pictures in folders are many
+    version = version_of([*files, *archives])
+    return credit(config.title or files[0].name, config.author, config.licence, config.url, version)
 
 
 def _conversation(record: Any, place: str, find: Callable[[str], Picture], split: str | None) -> RawDocument:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moma.data.sources import files
-from moma.data.sources.files import Member, lines, name_in, paths, records, tar_members
+from moma.data.sources.files import Member, lines, name_in, paths, records, tar_members, version_of
 from moma.data.sources.raw import Broken
 
 
@@ -262,3 +262,18 @@ def test_xz_memory_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.txt.xz").write_bytes(forged)
     (broken,) = lines(tmp_path / "a.txt.xz")
     assert broken.kind == "unreadable" and "Memory usage limit" in broken.reason
+
+
+def test_a_version_tells_files_apart_that_were_changed_in_place(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"a" * 5000)
+    large.write_bytes(bytes(3 * 2**20))
+    before = version_of([small, large])
+    assert before.startswith("2 files, 3150728 bytes, sample ") and version_of([small, large]) == before
+    small.write_bytes(b"a" * 4999 + b"b")
+    changed = version_of([small, large])
+    assert changed != before
+    large.write_bytes(b"c" * 3 * 2**20)
+    assert version_of([small, large]) not in (before, changed)
+    assert version_of([large, small]) != version_of([small, large])
+    assert version_of([small]).startswith("5000 bytes, sample ")
