@@ -192,7 +192,7 @@ def _run(config: TrainVqConfig, ranks: Ranks) -> dict[str, float]:
     out, export = config.out, config.export or config.out / "export"
     out.mkdir(parents=True, exist_ok=True)
     with first_before_others(ranks):  # which find the pictures in the cache
-        collected = {size: _collect(config, size) for size in config.picture_sizes}
+        collected = {size: collect(config, size) for size in config.picture_sizes}
     held_out = {
         name if len(collected) == 1 else f"{name}@{size}": part
         for size, (_, parts) in collected.items()
@@ -477,7 +477,7 @@ def _augment(pixels: np.ndarray, config: TrainVqConfig, step: int) -> np.ndarray
     return result
 
 
-def _collect(config: TrainVqConfig, size: int) -> tuple[dict[str, tuple[np.ndarray, int]], dict[str, np.ndarray]]:
+def collect(config: TrainVqConfig, size: int) -> tuple[dict[str, tuple[np.ndarray, int]], dict[str, np.ndarray]]:
     """Training pictures with their copies per epoch, and held-out pictures, by source; uint8 (n, size, size, 3)."""
     train, held_out = {}, {}
     drawn = max(size, EmojiConfig.size)  # vector pictures: no smaller than they are trained

@@ -16,7 +16,7 @@ from moma.config import compose, raw
 from moma.data.sources.emoji import EmojiConfig
 from moma.log import LogConfig
 from moma.tokenizer.image import ImageTokenizer
-from moma.train_vq import TrainVqConfig, _augment, _collect, _Order, _players, read_pictures, train_vq
+from moma.train_vq import TrainVqConfig, _augment, _Order, _players, collect, read_pictures, train_vq
 from moma.vqgan.model import VqConfig, load_vq
 
 TINY = VqConfig(
@@ -192,7 +192,7 @@ def test_tar_members_outside_the_folder_are_only_read(tmp_path):
 def test_unreadable_pictures_are_reported(config, tmp_path, capsys):
     write_tar(tmp_path / "val.tar", {"good.png": png(0), "bad.png": png(1)[:60]})
     val = dataclasses.replace(config, val_paths=(tmp_path / "val.tar",), cache=tmp_path / "cache")
-    _, held_out = _collect(val, 16)
+    _, held_out = collect(val, 16)
     assert held_out["val"].shape == (1, 16, 16, 3)
     assert "val-val: 1 pictures left out, first: got bad.png" in capsys.readouterr().out
 
@@ -247,7 +247,7 @@ def test_held_out_emoji_concepts_are_never_trained_on(monkeypatch, tmp_path):
     listing = [(f"{i:x}", name, folder / f"{i}.png") for i, name in enumerate(names)]
     monkeypatch.setattr(module, "emoji_files", lambda config: listing if config == EmojiConfig("twemoji") else [])
     monkeypatch.setattr(module, "is_held_out", lambda key: is_held_out(key, 0.5))
-    train, held_out = _collect(TrainVqConfig(openmoji=0, cache=tmp_path / "cache", model=TINY), 16)
+    train, held_out = collect(TrainVqConfig(openmoji=0, cache=tmp_path / "cache", model=TINY), 16)
     assert len(train["twemoji"][0]) == len(names) - len(held) and len(held_out["twemoji"]) == len(held)
 
 
