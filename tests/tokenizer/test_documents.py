@@ -35,6 +35,15 @@ def test_layout(text: TextTokenizer) -> None:
     )
 
 
+def test_what_is_not_learned_is_never_a_target(text: TextTokenizer) -> None:
+    asked = [[Picture(CODES, learn=False), Text("ab", learn=False), Text("cd")], Text("e", learn=False), Text("f")]
+    document = encode_document(asked, text, text.vocab)
+    assert document.mask is not None and document.mask.dtype == np.uint8
+    #                                    bos  picture  ab      cd      e    f    eos
+    assert document.mask.tolist() == [1, *[0] * 6, *[0] * 2, *[1] * 2, 0, 1, 1]
+    assert encode_document([[Picture(CODES), Text("ab")]], text, text.vocab).mask is None
+
+
 def test_round_trip(text: TextTokenizer) -> None:
     parts = [Text("before <s> "), Picture(CODES), Picture(CODES[::-1]), Text("ünter 👩🏽‍🌾"), Picture(CODES)]
     document = encode_document([parts[:2], parts[2:]], text, text.vocab)
