@@ -77,7 +77,13 @@ class Ranks(NamedTuple):
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """Join the process group that `torchrun` announces, alone without one; a GPU rank takes the GPU of its number."""
+    """Join the process group that `torchrun` announces, alone without one; a GPU rank takes the GPU of its number.
+
+    A group that there is already is used and kept.
+    """
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks(0, 1)
         return
@@ -102,8 +108,8 @@ def first_before_others(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
-def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace every tensor by its mean over the ranks, in place: one reduction for each dtype."""
+def sum_(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its sum over the ranks, in place: one reduction for each dtype."""
     if not dist.is_initialized():
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -112,9 +118,26 @@ def average_(tensors: Iterable[Tensor]) -> None:
     for group in by_dtype.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
         for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its mean over the ranks, in place."""
+    if dist.is_initialized():
+        tensors = list(tensors)
+        sum_(tensors)
+        for tensor in tensors:
+            tensor /= dist.get_world_size()
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank: the same answer on all of them, for which the host waits."""
+    if not dist.is_initialized():
+        return flag
+    raised = torch.tensor(float(flag), device=device)
+    dist.all_reduce(raised)
+    return bool(raised.item())
 
 
 def gather(tensor: Tensor) -> Tensor:

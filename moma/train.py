@@ -6,6 +6,10 @@
 Same command again = resume: the newest whole checkpoint of the run folder goes on, bit for bit. Identity fields
 (what the numbers depend on) must be the same, else the differences are printed and nothing is touched; the rest may
 change. The loop refuses to go on from a loss that is not finite.
+
+Under `torchrun` the micro-batches of a step are shared out among the processes, each of which holds all parameters;
+losses are divided by the targets of all of them, gradients and routing observations summed. The number of processes
+is no part of a run: another one goes on with the same micro-batches per step.
 """
 
 import contextlib
@@ -25,7 +29,17 @@ from moma.data.batch import Batch, build_batch
 from moma.data.loader import Loader
 from moma.data.plan import Plan, PlanShape
 from moma.data.shards import corpus_hash, open_corpus
-from moma.distributed import ParallelConfig, autocast, choose_device, choose_precision, compile_blocks
+from moma.distributed import (
+    ParallelConfig,
+    Ranks,
+    autocast,
+    choose_device,
+    choose_precision,
+    compile_blocks,
+    on_any_rank,
+    process_group,
+    sum_,
+)
 from moma.evaluation import perplexity
 from moma.evaluation.diagnostics import specialisation
 from moma.log import LogConfig, Progress, RunLog
@@ -155,6 +169,18 @@ def default_run_dir(composed: Composed) -> Path:
 
 def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     """Run (or resume) `config` in `run_dir`; see the module docstring. Raises ValueError for a user's mistake."""
+    with process_group(config.parallel.device) as ranks:
+        return _train(config, resolved, run_dir, ranks)
+
+
+def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: Ranks) -> int:
+    """What every process does; the first one writes the log and speaks."""
+    if config.data.accumulation % ranks.world:
+        raise ValueError(
+            f"got data.accumulation={config.data.accumulation} micro-batches per step on {ranks.world} processes, need "
+            f"a multiple, so that all work alike: set data.accumulation={ranks.world}, or start fewer processes"
+        )
+    first = ranks.rank == 0
     if config.parallel.threads:
         torch.set_num_threads(config.parallel.threads)
     device = choose_device(config.parallel.device)
@@ -200,7 +226,7 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     tokens_per_step = config.data.tokens_per_step
     total = config.duration.to_steps(tokens_per_step, flops_per_token, None)
     learning_rate(0, total, config.optim, tokens_per_step, flops_per_token)  # refuses bad schedules before work
-    if meta and meta["total_steps"] != total:
+    if first and meta and meta["total_steps"] != total:
         print(f"{run_dir}: {meta['total_steps']} steps before, {total} now: the learning rate follows the new horizon")
     if config.eval.interval and config.objective.trains_model:
         require_held_out(config.data.corpus, vocab)
@@ -214,22 +240,29 @@ def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
         device,
         precision,
         total,
-        meta.get("window", {}),
+        meta.get("window", {}) if first else {},  # it was summed over the ranks
         init_step,
         git_state(),
         has_noise(config, meta),
         meta.get("upcycled"),
+        ranks,
     )
-    run.print_plan(flops, flops_per_token, sources, meta.get("step", 0))
+    if first:
+        run.print_plan(flops, flops_per_token, sources, meta.get("step", 0))
     meter = Meter(config.parallel.peak_flops, state=meta.get("meter"))
-    with checkpoint.alone(run_dir):
-        log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
-        loader = Loader(plan, dict(sources), vocab, state=meta.get("data"))
+    with checkpoint.alone(run_dir) if first else contextlib.nullcontext():
+        log = None
+        if first:
+            log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
+        loader = Loader(
+            plan, dict(sources), vocab, state=meta.get("data"), per_step=config.data.accumulation, **ranks._asdict()
+        )
         try:
             return run.loop(meta.get("step", 0), loader, meter, log, flops_per_token)
         finally:
             loader.close()
-            log.close()
+            if log is not None:
+                log.close()
 
 
 def identity_of(
@@ -369,10 +402,11 @@ class _Run:
     git: dict[str, Any]  # of the code that runs, at its start
     noise: bool  # Gumbel-sigmoid, on the routers' logits
     upcycled: dict[str, Any] | None  # what `moma upcycle` wrote about the seed
+    ranks: Ranks
     stop_asked: bool = False
 
-    def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog, flops_per_token: float) -> int:
-        """Steps until `total` or a signal; the step itself is the block between the rulers."""
+    def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog | None, flops_per_token: float) -> int:
+        """Steps until `total` or a signal; the step itself is the block between the rulers. `log`: the first rank's."""
         config, stream = self.config, iter(loader)
         objective = OBJECTIVES[config.objective.kind][1]
         units = (config.data.tokens_per_step, flops_per_token)
@@ -382,19 +416,18 @@ class _Run:
         joint = config.objective.trains_model and config.objective.needs_aux_routers
         aux_parameters = [p for name, p in trained if joint and is_aux(name)]
         parameters = [p for name, p in trained if not (joint and is_aux(name))]
-        progress, data_state = Progress(config.objective.kind, self.total, step), loader.state or {}
+        progress = Progress(config.objective.kind, self.total, step) if log is not None else None
+        data_state = loader.state or {}
         window = {name: torch.tensor(tally, device=self.device) for name, tally in self.window.items()}
         with self._signals():
             while step < self.total:
                 logs = (step + 1) % config.log.interval == 0 or step + 1 == self.total
                 # ---- one step ---------------------------------------------------------------------------------
                 with meter.time("data_wait"):
-                    batches = []
-                    for _ in range(config.data.accumulation):
-                        batch, data_state = next(stream)
-                        batches.append(batch.to(self.device))
+                    planned, denominator, data_state = next(stream)
+                    batches = [batch.to(self.device) for batch in planned]
                 with meter.time("train"):
-                    denominator, observed = sum(batch.n_targets for batch in batches), {}
+                    observed: dict[str, State] = {}
                     for batch in batches:
                         with autocast(self.precision, self.device):
                             loss, tallies, seen = objective(
@@ -403,6 +436,7 @@ class _Run:
                         loss.backward()
                         _add(window, tallies)
                         _add_observed(observed, seen, config.data.accumulation)
+                    sum_([p.grad for _, p in trained if p.grad is not None])
                     if logs:
                         window |= self._router_gradients()
                     grad_norm = clip_(parameters, config.optim.clip_norm)
@@ -412,12 +446,14 @@ class _Run:
                     set_learning_rate(self.optimizer, lr)
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
+                    sum_([values for state in observed.values() for values in state.values()])
                     self.model.update_routing(observed)
                 step += 1
                 meter.add(units[0], units[0] * flops_per_token)
                 # -------------------------------------------------------------------------------------------------
                 values: dict[str, float] = {}
                 if logs:
+                    sum_(window[name] for name in sorted(window))  # ranks may have met the names in another order
                     values = _means(window) | {"grad_norm": grad_norm.item(), "lr": lr} | meter.rates()
                     values |= _source_metrics(data_state, loader.plan)
                     if step == self.total:
@@ -427,19 +463,26 @@ class _Run:
                 if eval_every and (step % eval_every == 0 or step == self.total):
                     with meter.time("eval"):
                         values |= self._validate()
-                if values:
+                if values and log is not None and progress is not None:
                     log.metrics(step, values)
                     progress.update(step, _summary(values))
                 stop = self.stop_asked  # read once: a signal after this line is seen in the next round
+                if self.ranks.world > 1:  # agreed on where the host waits for the device anyway
+                    stop = logs and on_any_rank(stop, self.device)
                 if step % save_every == 0 or step == self.total or stop:
                     if window:
+                        sum_(window[name] for name in sorted(window))
                         unlogged = _means(window) | {"grad_norm": grad_norm.item()}
                         self._refuse_non_finite(unlogged, step, batches)
                     with meter.time("checkpoint"):
                         self.window = {name: tally.tolist() for name, tally in window.items()}
                         self._save(step, data_state, meter, log)
+                    if self.ranks.rank:  # the first rank keeps the sum
+                        window = {name: torch.zeros_like(tally) for name, tally in window.items()}
                 if stop:
                     break
+        if progress is None:
+            return 0
         progress.close()
         if data_state:
             shares = ((n, v) for n, v in _source_metrics(data_state, loader.plan).items() if n.endswith("share"))
@@ -481,14 +524,14 @@ class _Run:
                 found[f"router/{name}/grad_norm"] = torch.stack([norm, torch.ones_like(norm)])
         return found
 
-    def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog) -> None:
+    def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog | None) -> None:
         meta = {
             **provenance(self.identity, self.git),
             "data": data_state,
             "meter": meter.state(),
-            "metrics_offset": log.offset(),
+            "metrics_offset": log.offset() if log is not None else None,  # the first rank's meta is the one written
             "window": self.window,  # tallies since the last line, so that the next one is the same after a resume
-            "wandb_id": log.wandb_id,
+            "wandb_id": log.wandb_id if log is not None else None,
             "total_steps": self.total,
             "init_step": self.init_step,  # of the run that init_from names
             "upcycled": self.upcycled,

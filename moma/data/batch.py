@@ -48,6 +48,15 @@ class Batch:
         return replace(self, **move, groups=self.groups.to(device))
 
 
+def count_targets(micro_batch: MicroBatch, readers: Mapping[str, TokenReader]) -> int:
+    """Valid targets of a planned micro-batch, from its pieces and their loss masks: no token is read."""
+    count = 0
+    for piece in (piece for row in micro_batch.rows for piece in row):
+        beyond = 0 if piece.last else 1  # as in build_batch
+        count += int((readers[piece.source].read_mask(piece.doc, piece.start, piece.stop + beyond)[1:] > 0).sum())
+    return count
+
+
 def build_batch(
     micro_batch: MicroBatch,
     readers: Mapping[str, TokenReader],

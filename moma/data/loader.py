@@ -1,25 +1,35 @@
-"""Batches in order, built ahead of the step by one background thread; its state is a small plain dict.
+"""Optimizer steps in order, built ahead by one background thread; the loader's state is a small plain dict.
 
-    plan state -> micro-batches rank, rank + world, ... -> build_batch -> bounded queue -> the loop
+    plan state -> micro-batches of a step: n, n + 1, ...  -> rank's own -> build_batch -> bounded queue -> the loop
+                                                          -> all of them -> valid targets of the step
 
 Every rank walks the same plan and builds only its own micro-batches, so the state after a step is the same
-everywhere and resumes at any world size.
+everywhere and resumes at any world size; and it counts the targets of all of them, so that no rank has to ask another
+what to divide a loss by.
 """
 
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from moma.data.batch import Batch, TokenReader, build_batch
+from moma.data.batch import Batch, TokenReader, build_batch, count_targets
 from moma.data.plan import Plan
 from moma.modality import Vocabulary
 
 
-class Loader:
-    """Iterate over `(Batch, state after it)`; close it when done. Errors of the thread are raised to the reader.
+class Step(NamedTuple):
+    """One optimizer step as one rank sees it: its own micro-batches, valid targets of all ranks, state after it."""
 
-    `rank`, `world`: this process builds micro-batches number = rank (mod world).
+    batches: list[Batch]
+    n_targets: int
+    state: dict[str, Any]
+
+
+class Loader:
+    """Iterate over `Step`s of `per_step` micro-batches; close it when done. Errors of the thread reach the reader.
+
+    `rank`, `world`: of a step's micro-batches this process builds rank, rank + world, ...
     """
 
     def __init__(
@@ -29,13 +39,14 @@ class Loader:
         vocab: Vocabulary,
         *,
         state: dict[str, Any] | None = None,
+        per_step: int = 1,
         rank: int = 0,
         world: int = 1,
         ahead: int = 4,
         padded: bool = False,
     ) -> None:
         self.plan, self.readers, self.vocab = plan, readers, vocab
-        self.state, self.rank, self.world, self.padded = state, rank, world, padded
+        self.state, self.per_step, self.rank, self.world, self.padded = state, per_step, rank, world, padded
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="moma-loader", daemon=True)
@@ -43,10 +54,17 @@ class Loader:
 
     def _produce(self) -> None:
         try:
+            own, n_targets = [], 0
             for micro_batch, state in self.plan.run(self.state):
-                if micro_batch.number % self.world == self.rank:
-                    shape = self.plan.shape
-                    self._put((build_batch(micro_batch, self.readers, shape, self.vocab, self.padded), state))
+                place = micro_batch.number % self.per_step
+                if place % self.world == self.rank:
+                    own.append(build_batch(micro_batch, self.readers, self.plan.shape, self.vocab, self.padded))
+                    n_targets += own[-1].n_targets
+                else:
+                    n_targets += count_targets(micro_batch, self.readers)
+                if place == self.per_step - 1:
+                    self._put(Step(own, n_targets, state))
+                    own, n_targets = [], 0
                 if self._stop.is_set():
                     return
             self._put(None)
@@ -60,7 +78,7 @@ class Loader:
             except queue.Full:
                 continue
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Step]:
         while (item := self._queue.get()) is not None:
             if isinstance(item, Exception):
                 raise item

@@ -104,13 +104,18 @@ def test_loader_gives_the_plan_in_order_and_ranks_share_it(made):
     plan = Plan(sources, SHAPE, seed=0)
     straight = [m for (m, _), _ in zip(plan.run(), range(8), strict=False)]
     tokens = [build_batch(m, sources, SHAPE, vocab).tokens_RL for m in straight]
-    for world in (1, 2):
+    targets = [build_batch(m, sources, SHAPE, vocab).n_targets for m in straight]
+    states = [state for (_, state), _ in zip(plan.run(), range(8), strict=False)]
+    for world in (1, 2, 4):
         for rank in range(world):
-            loader = Loader(plan, sources, vocab, rank=rank, world=world)
-            got = [b for (b, _), _ in zip(loader, range(8 // world), strict=False)]
+            loader = Loader(plan, sources, vocab, per_step=4, rank=rank, world=world)
+            got = [step for step, _ in zip(loader, range(2), strict=False)]
             loader.close()
-            assert [b.number for b in got] == list(range(8))[rank::world]
-            assert all(torch.equal(b.tokens_RL, tokens[b.number]) for b in got)
+            for n, step in enumerate(got):
+                assert [b.number for b in step.batches] == list(range(4 * n, 4 * n + 4))[rank::world]
+                assert all(torch.equal(b.tokens_RL, tokens[b.number]) for b in step.batches)
+                assert step.n_targets == sum(targets[4 * n : 4 * n + 4])  # of all ranks, whoever built them
+                assert step.state == states[4 * n + 3]
 
 
 def test_loader_resumes_from_a_state_and_ends_with_a_finite_plan(made):
@@ -118,11 +123,11 @@ def test_loader_resumes_from_a_state_and_ends_with_a_finite_plan(made):
     loader = Loader(Plan(sources, SHAPE, seed=0), sources, vocab)
     stream = iter(loader)
     for _ in range(5):
-        _, state = next(stream)
-    sixth, _ = next(stream)
+        state = next(stream).state
+    sixth = next(stream).batches[0]
     loader.close()
     again = Loader(Plan(sources, SHAPE, seed=0), sources, vocab, state=state)
-    assert torch.equal(next(iter(again))[0].tokens_RL, sixth.tokens_RL)
+    assert torch.equal(next(iter(again)).batches[0].tokens_RL, sixth.tokens_RL)
     again.close()
     finite = Plan(sources, SHAPE, seed=0, passes=1)
     assert len(list(Loader(finite, sources, vocab))) == len(list(finite.run()))
