@@ -10,6 +10,7 @@ import torch
 from moma import checkpoint, train
 from moma.config import compose
 from moma.data.synthetic import write_synthetic
+from moma.distributed import Ranks
 
 FAMILIES = {
     "dense": ["feed_forward=dense"],
@@ -110,6 +111,7 @@ def test_another_number_of_processes_continues_a_run(runs):
 
 
 def test_a_number_of_micro_batches_that_does_not_divide_is_refused(made, tmp_path):
-    done = on_two(tmp_path, [arguments(made, tmp_path / "run", "duration={steps:2}", "data.accumulation=3")])
-    assert done.returncode != 0
-    assert "got data.accumulation=3 micro-batches per step on 2 processes, need a multiple" in done.stderr
+    composed = compose("train", arguments(made, tmp_path / "run", "duration={steps:2}", "data.accumulation=3"))
+    with pytest.raises(ValueError, match="got data.accumulation=3 micro-batches per step on 2 processes, need a mult"):
+        train._train(composed.config, composed.resolved, tmp_path / "run", Ranks(0, 2))
+    assert not (tmp_path / "run").exists()

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from moma.config import compose, raw
 from moma.data.sources.emoji import EmojiConfig
+from moma.distributed import Ranks
 from moma.log import LogConfig
 from moma.tokenizer.image import ImageTokenizer
-from moma.train_vq import TrainVqConfig, _augment, _Order, _players, collect, read_pictures, train_vq
+from moma.train_vq import TrainVqConfig, _augment, _Order, _players, _run, collect, read_pictures, train_vq
 from moma.vqgan.model import VqConfig, load_vq
 
 TINY = VqConfig(
@@ -290,14 +291,14 @@ def test_sizes_that_cannot_be_trained_are_refused(config, sizes):
 def test_two_processes_train_what_one_does(pictures, tmp_path):
     in_yaml = raw("train_vq", [])[0]["model"]
 
-    def run(out, *launcher, batch_size=8):
+    def run(out, *launcher):
         settings = {
             **{"out": out, "cache": tmp_path / "cache", "twemoji": 0, "openmoji": 0, "shift": 1, "threads": 1},
             **{"train_paths": [f"{pictures}/train"], "val_paths": [f"{pictures}/val.tar"], "steps": 4},
             **{f"model.{f.name}": getattr(TINY, f.name) for f in dataclasses.fields(VqConfig) if f.name in in_yaml},
             **{
                 "quantize_start": 1,
-                "batch_size": batch_size,
+                "batch_size": 8,
                 "eval_every": 4,
                 "checkpoint_every": 2,
                 "log.interval": 1,
@@ -319,5 +320,8 @@ def test_two_processes_train_what_one_does(pictures, tmp_path):
     assert one[0] == pytest.approx(two[0], rel=1e-5)  # before any update: only the order of sums differs
     for a, b in zip(one[1:], two[1:], strict=True):  # Adam's first steps turn the rounding of small gradients into lr
         assert a == pytest.approx(b, rel=5e-3)
-    with pytest.raises(AssertionError, match="got 3 pictures of 16 px a step on 2 processes, need a multiple"):
-        run(tmp_path / "odd", *two_processes, batch_size=3)
+
+
+def test_pictures_that_cannot_be_shared_out_are_refused(config):
+    with pytest.raises(ValueError, match="got 3 pictures of 16 px a step on 2 processes, need a multiple"):
+        _run(dataclasses.replace(config, batch_size=3), Ranks(0, 2))
