@@ -6,7 +6,8 @@
 Blocks are compiled one by one (regional): they share one graph, so compile time does not grow with depth.
 
 Under `torchrun` a command joins its process group (`process_group`): gloo on CPUs, NCCL on GPUs. Without one, the
-functions that work across ranks leave their tensors as they are.
+functions that work across ranks leave their tensors as they are. Parameters are copies on every rank, or cut into equal
+parts (`shard_`): a block's are put together for its forward and its backward, all others wait as parts.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moma.model.transformer import Transformer
 
@@ -29,6 +32,7 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     threads: int | None = None  # CPU threads; None: as torch finds them
+    shard: bool = False  # parameters, gradients and optimizer state among the processes (FSDP2), not copies
     peak_flops: float | None = None  # FLOP/s of the device for the MFU; None: no MFU
 
     def __post_init__(self) -> None:
@@ -108,6 +112,22 @@ def first_before_others(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
+def shard_(model: Transformer, ranks: Ranks) -> None:
+    """Share out every block's parameters among the processes, and then what is left (FSDP2, `fully_shard`).
+
+    Each is cut along its largest dimension that all processes can have an equal part of, else along the first.
+    Gradients come out as means over the processes.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        even = [dim for dim, size in enumerate(parameter.shape) if size % ranks.world == 0]
+        return Shard(max(even, key=lambda dim: parameter.shape[dim], default=0))
+
+    for block in model.blocks:
+        fully_shard(block, shard_placement_fn=placement)
+    fully_shard(model, shard_placement_fn=placement)
+
+
 def sum_(tensors: Iterable[Tensor]) -> None:
     """Replace every tensor by its sum over the ranks, in place: one reduction for each dtype."""
     if not dist.is_initialized():
@@ -138,6 +158,11 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     raised = torch.tensor(float(flag), device=device)
     dist.all_reduce(raised)
     return bool(raised.item())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be shared out, as every process has it when it is put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensor: Tensor) -> Tensor:

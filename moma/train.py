@@ -7,9 +7,10 @@ Same command again = resume: the newest whole checkpoint of the run folder goes 
 (what the numbers depend on) must be the same, else the differences are printed and nothing is touched; the rest may
 change. The loop refuses to go on from a loss that is not finite.
 
-Under `torchrun` the micro-batches of a step are shared out among the processes, each of which holds all parameters;
-losses are divided by the targets of all of them, gradients and routing observations summed. The number of processes
-is no part of a run: another one goes on with the same micro-batches per step.
+Under `torchrun` the micro-batches of a step are shared out among the processes; losses are divided by the targets of
+all of them, gradients and routing observations summed. Each process holds all parameters, or its part of them
+(`parallel.shard`). Neither this nor the number of processes is part of a run: another one goes on with the same
+micro-batches per step.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ from moma.distributed import (
     compile_blocks,
     on_any_rank,
     process_group,
+    shard_,
     sum_,
+    whole,
 )
 from moma.evaluation import perplexity
 from moma.evaluation.diagnostics import specialisation
@@ -211,6 +214,9 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
         init_step = checkpoint.read_meta(base)["step"] if base else None
         load_parameters(model, config.init_from, identity, needs_aux)
     freeze_for(config.objective, model)
+    sharded = config.parallel.shard and ranks.world > 1
+    if sharded:
+        shard_(model, ranks)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     state = {
         "model": checkpoint.model_state(model),
@@ -246,6 +252,7 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
         has_noise(config, meta),
         meta.get("upcycled"),
         ranks,
+        ranks.world if sharded else 1,
     )
     if first:
         run.print_plan(flops, flops_per_token, sources, meta.get("step", 0))
@@ -403,6 +410,7 @@ class _Run:
     noise: bool  # Gumbel-sigmoid, on the routers' logits
     upcycled: dict[str, Any] | None  # what `moma upcycle` wrote about the seed
     ranks: Ranks
+    grad_scale: int  # of the loss where gradients come as means over the processes; their sum is wanted
     stop_asked: bool = False
 
     def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog | None, flops_per_token: float) -> int:
@@ -433,10 +441,11 @@ class _Run:
                             loss, tallies, seen = objective(
                                 config.objective, self.model, batch, denominator, self.vocab, logs, self._drawn(batch)
                             )
-                        loss.backward()
+                        (loss * self.grad_scale).backward()
                         _add(window, tallies)
                         _add_observed(observed, seen, config.data.accumulation)
-                    sum_([p.grad for _, p in trained if p.grad is not None])
+                    if self.grad_scale == 1:
+                        sum_([p.grad for _, p in trained if p.grad is not None])
                     if logs:
                         window |= self._router_gradients()
                     grad_norm = clip_(parameters, config.optim.clip_norm)
@@ -520,7 +529,7 @@ class _Run:
         for name, module in self.model.routers().items():
             router = module.depth_router if isinstance(module, DepthBlock) else module.router
             if router is not None and router.grad is not None:
-                norm = router.grad.norm()
+                norm = whole(router.grad.norm())
                 found[f"router/{name}/grad_norm"] = torch.stack([norm, torch.ones_like(norm)])
         return found
 

@@ -1,4 +1,4 @@
-"""Training on two processes is training on one: losses, routing state, consumed micro-batches, resumption."""
+"""Training on two processes, parameters copied or shared out, is training on one: losses, routing state, resumption."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from moma.distributed import Ranks
 
 FAMILIES = {
     "dense": ["feed_forward=dense"],
-    "4t4i": ["feed_forward=moe_4t4i", "objective.aux_weight=1.0"],
+    "4t4i": ["feed_forward=moe_4t4i", "objective.aux_weight=1.0", "eval.interval={steps:4}", "eval.batches=2"],
     "threshold": ["feed_forward=moe_4t4i_threshold", "feed_forward.selection.warmup_steps=2"],
     "token_choice": ["feed_forward=moe_4t4i_token_choice"],
     "depth": ["feed_forward=moe_1t1i", "depth=mod"],
@@ -66,15 +66,24 @@ def runs(made, tmp_path_factory):
     """Every family on one process and on two, six steps; and four steps on two that one process continues to six."""
     folder = tmp_path_factory.mktemp("runs")
     six, four = "duration={steps:6}", "duration={steps:4}"
-    together = [arguments(made, folder / f"{name}-two", six, *own) for name, own in FAMILIES.items()]
-    together.append(arguments(made, folder / "4t4i-elastic", four, *FAMILIES["4t4i"], "optim.schedule=constant"))
+    together = [
+        arguments(made, folder / f"{name}-{kind}", six, *own, *more)
+        for name, own in FAMILIES.items()
+        for kind, more in (("two", ()), ("sharded", ("parallel.shard=true",)))
+    ]
+    together += [
+        arguments(
+            made, folder / f"4t4i-{kind}", four, *FAMILIES["4t4i"], "optim.schedule=constant", f"parallel.shard={shard}"
+        )
+        for kind, shard in (("elastic", "false"), ("elastic-sharded", "true"))
+    ]
     done = on_two(folder, together)
     assert done.returncode == 0, done.stderr
     threads = torch.get_num_threads()
     for name, own in FAMILIES.items():
         assert train.main(compose("train", arguments(made, folder / f"{name}-one", six, *own))) == 0
     own = (*FAMILIES["4t4i"], "optim.schedule=constant")
-    for run in ("elastic", "straight"):
+    for run in ("elastic", "elastic-sharded", "straight"):
         assert train.main(compose("train", arguments(made, folder / f"4t4i-{run}", six, *own))) == 0
     torch.set_num_threads(threads)
     return folder
@@ -84,29 +93,44 @@ def same(one, two):
     assert [row["step"] for row in one] == [row["step"] for row in two]
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
+        # held-out losses are of few targets, and a last bit may turn a choice of the routers
+        held_out = [{key: value for key, value in row.items() if key.startswith("val_")} for row in (a, b)]
+        assert held_out[0] == pytest.approx(held_out[1], rel=1e-3)
+        trained = [{key: value for key, value in row.items() if key not in held_out[0]} for row in (a, b)]
+        assert trained[0] == pytest.approx(trained[1], rel=2e-4, abs=1e-6)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["two", "sharded"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_processes_log_what_one_does(runs, name):
-    one, two = rows(runs / f"{name}-one"), rows(runs / f"{name}-two")
+def test_two_processes_log_what_one_does(runs, name, kind):
+    one, two = rows(runs / f"{name}-one"), rows(runs / f"{name}-{kind}")
     assert len(one) == 3
     same(one, two)
     tensors = [
-        checkpoint.read_tensors(checkpoint.latest(runs / f"{name}-{n}" / "checkpoints"), "model")
-        for n in ("one", "two")
+        checkpoint.read_tensors(checkpoint.latest(runs / f"{name}-{n}" / "checkpoints"), "model") for n in ("one", kind)
     ]
     for key in tensors[0]:
         torch.testing.assert_close(tensors[0][key], tensors[1][key], rtol=1e-3, atol=2e-5, msg=key)
 
 
-def test_another_number_of_processes_continues_a_run(runs):
-    straight, elastic = rows(runs / "4t4i-straight"), rows(runs / "4t4i-elastic")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_process_holds_a_half_of_what_is_shared_out(runs, name):
+    """Parameters and both moments of AdamW lie in the checkpoint as the processes held them."""
+    for kind, pieces in (("two", 1), ("sharded", 2)):
+        stored = checkpoint._stored(checkpoint.latest(runs / f"{name}-{kind}" / "checkpoints"))
+        entries = {key: entry for key, entry in stored.items() if "routing_" not in key and not key.endswith("step")}
+        assert len(entries) > 20
+        for key, entry in entries.items():
+            sizes = [torch.Size(chunk.sizes).numel() for chunk in entry.chunks]
+            assert len(sizes) == pieces and len(set(sizes)) == 1, (key, sizes)
+
+
+@pytest.mark.parametrize("kind", ["elastic", "elastic-sharded"])
+def test_another_number_of_processes_continues_a_run(runs, kind):
+    straight, elastic = rows(runs / "4t4i-straight"), rows(runs / f"4t4i-{kind}")
     same(straight, elastic)
-    metas = [
-        checkpoint.read_meta(checkpoint.latest(runs / f"4t4i-{n}" / "checkpoints")) for n in ("straight", "elastic")
-    ]
+    metas = [checkpoint.read_meta(checkpoint.latest(runs / f"4t4i-{n}" / "checkpoints")) for n in ("straight", kind)]
     assert metas[0]["data"] == metas[1]["data"] and metas[0]["data"]["number"] == 6 * 4
 
 

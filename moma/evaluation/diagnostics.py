@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moma.distributed import whole
 from moma.evaluation.decisions import Decisions
 from moma.modality import TEXT, Vocabulary
 from moma.model.feed_forward import SparseFeedForward
@@ -99,7 +100,7 @@ def specialisation(model: Transformer) -> dict[str, dict[str, float]]:
             if size > 1:
                 gram_EE: Tensor | float = 0.0
                 for weight in ("w13", "w2"):  # one at a time: no copy of the experts
-                    flat_EP = experts.get_parameter(weight).flatten(1)
+                    flat_EP = whole(experts.get_parameter(weight)).flatten(1)
                     gram_EE = gram_EE + (flat_EP @ flat_EP.T)
                 assert isinstance(gram_EE, Tensor)
                 length_E = gram_EE.diagonal().sqrt()
