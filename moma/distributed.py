@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moma.model.transformer import Transformer
 
+BUCKET = 2**24  # numbers summed together: bounds what a reduction copies
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -129,17 +131,25 @@ def shard_(model: Transformer, ranks: Ranks) -> None:
 
 
 def sum_(tensors: Iterable[Tensor]) -> None:
-    """Replace every tensor by its sum over the ranks, in place: one reduction for each dtype."""
+    """Replace every tensor by its sum over the ranks, in place; neighbours of one dtype go together."""
     if not dist.is_initialized():
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    waiting: list[Tensor] = []
     for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_dtype.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.all_reduce(flat)
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        full = sum(other.numel() for other in waiting) + tensor.numel() > BUCKET
+        if waiting and (full or tensor.dtype != waiting[0].dtype):
+            _sum_together(waiting)
+            waiting = []
+        waiting.append(tensor)
+    if waiting:
+        _sum_together(waiting)
+
+
+def _sum_together(group: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in group])
+    dist.all_reduce(flat)
+    for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def average_(tensors: Iterable[Tensor]) -> None:

@@ -24,7 +24,6 @@ Refuses pickles (.bin), files named outside the folder, and whatever our decoder
 RoPE, tied embeddings, other activations, quantised weights. Dropout is for training and left out.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moma import schema
 from moma.modality import Vocabulary
 from moma.model.transformer import ModelConfig
 
@@ -142,17 +142,9 @@ def take_apart(parts: Parts, tensor: Tensor) -> list[Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of at most `MAX_JSON` bytes; ValueError for anything else."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON} bytes")
-        stored = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"got {path.parent} without {path.name}, need a whole checkpoint: copy it again") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"got {path} that is no JSON ({error}), need a whole file: copy it again") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"got {path} that holds a {type(stored).__name__}, need an object: copy it again")
-    return stored
+    if not path.is_file():
+        raise ValueError(f"got {path.parent} without {path.name}, need a whole checkpoint: copy it again")
+    return schema.read_json(path, MAX_JSON)
 
 
 def model_of(config: Mapping[str, Any], shared_qk_norm: bool) -> ModelConfig:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from moma.distributed import whole
 from moma.meter import Duration
 
 
@@ -117,4 +117,4 @@ def clip_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     logs.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)

@@ -11,6 +11,7 @@ may use it.
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -96,6 +97,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = [path for path in known if path.endswith(f".{name}")] or difflib.get_close_matches(name, known, 1)
     return f": did you mean {close[0]}?" if close else ""
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The object in a JSON file of at most `max_bytes`; ValueError for a missing file and for anything else."""
+    if not path.is_file():
+        raise ValueError(f"got no file {path}, need it: give the path to a complete download")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"got {path} of {size} bytes, need at most {max_bytes}: it is no file of this kind")
+    try:
+        stored = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"got {path} that is no JSON ({error}), need a whole file: copy it again") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"got {path} that holds a {type(stored).__name__}, need an object: copy the file again")
+    return stored
 
 
 def _value(hint: Any, raw: Any, where: str, kinds: Mapping[str, type] | None = None) -> Any:

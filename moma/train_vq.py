@@ -19,11 +19,9 @@ batch; gradients, code-book updates, the adaptive weight and every logged number
 import copy
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +36,8 @@ from torch import Tensor
 from moma import checkpoint
 from moma.checkpoint import model_state, optimizer_state
 from moma.data.sources.emoji import EmojiConfig, emoji_files, read_picture
+from moma.data.sources.files import read_slice, tar_members
+from moma.data.sources.raw import Broken
 from moma.data.sources.split import concept_key, is_held_out
 from moma.distributed import Ranks, average_, first_before_others, gather, process_group
 from moma.log import LogConfig, Progress, RunLog
@@ -312,14 +312,19 @@ def read_pictures(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
             yield str(file.relative_to(path)), file.read_bytes()
-    elif path.is_file() and tarfile.is_tarfile(path):
-        with tarfile.open(path) as tar:
-            members = (m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES))
-            for member in sorted(members, key=lambda m: m.name):
-                with tar.extractfile(member) or io.BytesIO() as file:
-                    yield member.name, file.read()
-    else:
-        raise ValueError(f"got {path}, need a folder or a tar file of pictures: correct train_paths or val_paths")
+        return
+    members = []
+    for member in tar_members(path):
+        if isinstance(member, Broken):
+            print(f"train_vq: {member.place} left out: {member.reason}", flush=True)
+        elif member.name.lower().endswith(SUFFIXES):
+            members.append(member)
+    if not members:
+        raise ValueError(
+            f"got {path}, need a folder or an uncompressed tar file of pictures: correct train_paths or val_paths"
+        )
+    for member in sorted(members, key=lambda m: m.name):
+        yield member.name, read_slice(path, member.offset, member.size)
 
 
 def _at_size(model: VqModel, size: int) -> VqModel:

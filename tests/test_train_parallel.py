@@ -41,7 +41,8 @@ def on_two(folder, commands):
     script = folder / "both.py"
     script.write_text(
         "import json, sys\n"
-        "from moma import train\n"
+        "from moma import distributed, train\n"
+        "distributed.BUCKET = 5000\n"  # several reductions a step, as large models have
         "from moma.config import compose\n"
         "from moma.distributed import process_group\n"
         "with process_group('cpu') as ranks:\n"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moma.modality import Vocabulary
+from moma.schema import read_json
 from moma.tokenizer.text import Coder, byte_alphabet, sound_text
 from moma.tokenizer.vocab import (
     JSON_FILE,
@@ -32,7 +33,6 @@ from moma.tokenizer.vocab import (
     VOCAB_FILE,
     TextOptions,
     check_vocabulary,
-    read_json,
     save_vocabulary,
 )
 

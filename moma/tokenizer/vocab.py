@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moma.modality import Vocabulary
-from moma.schema import build
+from moma.schema import build, read_json
 
 FORMAT = 1
 VOCAB_FILE = "vocab.json"
@@ -153,20 +153,6 @@ def check_vocabulary(vocab: Vocabulary, special_tokens: Mapping[str, int] | None
             raise ValueError(f"got {name} and {other} ids that overlap at {start}, need one meaning: move one")
     if min(vocab.image_grid, default=0) < 1 or len(vocab.image_grid) != 2:
         raise ValueError(f"got image_grid {vocab.image_grid}, need (rows, columns): give both, at least 1")
-
-
-def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The object in a JSON file of at most `max_bytes`; ValueError for a bigger file and for anything else."""
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"got {path} of {size} bytes, need at most {max_bytes}: it is no file of this kind")
-    try:
-        stored = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"got {path} that is no JSON ({error}), need a whole file: copy it again") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"got {path} that holds a {type(stored).__name__}, need an object: copy the file again")
-    return stored
 
 
 def _read(folder: Path) -> tuple[Vocabulary, TextOptions]:

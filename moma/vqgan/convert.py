@@ -13,7 +13,6 @@ loader, and `ckpt_path` in it is not followed. Refused, by name: weights that th
 `loss.*`, the training's), missing or misshapen ones, settings of networks that `model.py` does not build.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moma.schema import build
+from moma.schema import build, read_json
 from moma.vqgan.model import VqConfig, VqModel
 
 MAX_YAML = 2**20  # bytes; published ones have a few kilobytes
@@ -172,7 +171,7 @@ def read_hf(folder: Path) -> VqModel:
     Reads `config.json` and, of one safetensors file or of the shards of an index, the tokenizer's tensors only.
     Raises ValueError as `from_hf_tensors`, and for missing or damaged files.
     """
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", MAX_JSON)
     settings = config.get("vq_config", config)
     if not isinstance(settings, Mapping) or ("vq_config" not in config and "base_channels" not in config):
         raise ValueError(
@@ -181,7 +180,7 @@ def read_hf(folder: Path) -> VqModel:
         )
     shards: dict[str, list[str]] = {}
     if (folder / _INDEX).is_file():
-        index = _json(folder / _INDEX).get("weight_map")
+        index = read_json(folder / _INDEX, MAX_JSON).get("weight_map")
         if not isinstance(index, dict):
             raise ValueError(f"got {folder / _INDEX} without weight_map, need the file of each tensor: fetch it again")
         for name, shard in index.items():
@@ -340,16 +339,6 @@ def _prefix(names: Iterable[str]) -> str:
     """What stands in front of the tokenizer's names."""
     names = list(names)
     return next((p for p in _PREFIXES if any(name.startswith(p) for name in names)), "")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path, MAX_JSON))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"got {path}, which is not JSON ({_first_line(error)}), need it: fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"got {path} that holds no mapping, need one: fetch it again")
-    return content
 
 
 def _read(path: Path, limit: int) -> str:

@@ -8,7 +8,7 @@
           (arXiv 1711.00937, appendix A.1)
 
 The EMA state is explicit (`CodebookState`): the training loop calls `update_codebook` once per optimiser step
-and checkpoints the state; `forward` never changes anything. Usage and perplexity are return values.
+and checkpoints the state; `forward` never changes anything.
 """
 
 from typing import NamedTuple
@@ -21,16 +21,11 @@ ROWS = 8192  # rows of the distance matrix computed at once: bounds memory at la
 
 
 class Quantized(NamedTuple):
-    """Result of quantising a batch: `quantized` (n, c, h, w), `codes` int64 (n, h, w), scalar `loss`.
-
-    Statistics of this batch: `usage` (share of codes that occur, 0..1), `perplexity` (exp of code entropy).
-    """
+    """Result of quantising a batch: `quantized` (n, c, h, w), `codes` int64 (n, h, w), scalar `loss`."""
 
     quantized: Tensor
     codes: Tensor
     loss: Tensor
-    usage: Tensor
-    perplexity: Tensor
 
 
 class CodebookState(NamedTuple):
@@ -78,7 +73,6 @@ class VectorQuantizer(nn.Module):
             flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
             with torch.no_grad():
                 codes = nearest_codes(flat, self.embedding.weight)
-                usage, perplexity = code_statistics(codes, self.embedding.num_embeddings)
             codes = codes.view(z.shape[0], *z.shape[2:])
             e = self.lookup(codes)
             commit = F.mse_loss(z, e.detach())
@@ -87,7 +81,7 @@ class VectorQuantizer(nn.Module):
             else:
                 book = F.mse_loss(e, z.detach())
                 loss = commit + self.beta * book if self.legacy else self.beta * commit + book
-            return Quantized(z + (e - z).detach(), codes, loss, usage, perplexity)
+            return Quantized(z + (e - z).detach(), codes, loss)
 
 
 def empty_state(codebook: Tensor) -> CodebookState:

@@ -418,7 +418,7 @@ def test_missing_files(files, tmp_path):
         read_taming(tmp_path / "no.ckpt", settings)
     with pytest.raises(ValueError, match="got no file .*no.yaml, need the tokenizer's settings: give the path to a"):
         read_taming(checkpoint, tmp_path / "no.yaml")
-    with pytest.raises(ValueError, match="got no file .*config.json, need the tokenizer's settings"):
+    with pytest.raises(ValueError, match="got no file .*config.json, need it: give the path to a complete"):
         read_hf(tmp_path)
 
 
@@ -437,8 +437,8 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "content, text",
     [
-        ("{", "got .*config.json, which is not JSON .*need it: fetch it again"),
-        ("[]", "got .*config.json that holds no mapping, need one: fetch it again"),
+        ("{", "got .*config.json that is no JSON .*need a whole file: copy it again"),
+        ("[]", "got .*config.json that holds a list, need an object: copy the file again"),
         ("{}", "got .*config.json without vq_config, need that of a Chameleon model or of its ChameleonVQVAE: give"),
         ('{"vq_config": 3}', "got .*config.json without vq_config"),
         ('{"vq_config": {"double_latent": true}}', "got vq_config.double_latent=True, need one of False"),
