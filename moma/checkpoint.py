@@ -9,8 +9,12 @@ checkpoint. Works with and without a process group: with one, every rank calls `
 world size may load. State is a dict of tensors, nested at will: `{"model": model_state(model), "optimizer":
 optimizer_state(...)}`. Numbers, names and the configuration go into `meta`, which is JSON.
 
-Tensors that do not fit into memory together are written one by one by `save_lazily` and read one by one by
-`open_group`.
+    training   step | copy | step | step | step ...         the pause is the copy (`Saver.save`)
+    thread                 | write, fsync, rename, remove   of what the copy holds
+
+`Saver` writes while training goes on, `save` before it returns. A write that fails leaves the checkpoints before
+it and says what it needed; `Keep` says which of them stay. Tensors that do not fit into memory together are
+written one by one by `save_lazily` and read one by one by `open_group`.
 
 `alone(run_dir)` keeps a second process out of a folder while the first one writes to it.
 
@@ -21,15 +25,19 @@ own. The tensors are read by `torch.load(weights_only=True)`.
 
 import fcntl
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +46,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,6 +54,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
 
 TMP = ".tmp-"
 FORMAT = 2
@@ -92,21 +103,141 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return state
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the newest `last` (0: all), those of every `every`-th step, the one of the lowest
+    `meta["val_loss"]`."""
+
+    last: int = 2
+    every: int | None = None  # steps; None: none for its number
+    best: bool = False
+
+    def __post_init__(self) -> None:
+        if self.last < 0:
+            raise ValueError(f"got keep_last={self.last}, need 0 (keep all) or more: change checkpoint.keep_last")
+        if self.every is not None and self.every < 1:
+            raise ValueError(
+                f"got keep_every={self.every} steps, need at least 1, or null: change checkpoint.keep_every"
+            )
+
+
 def save(root: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep_last: int) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep_last` (0 keeps all); returns its
     folder.
 
     Raises ValueError for a state that holds anything but tensors, or when this step has its checkpoint
-    already.
+    already; OSError when it cannot be written.
     """
-    if keep_last < 0:
-        raise ValueError(f"got keep_last={keep_last}, need 0 (keep all) or more: change checkpoint.keep_last")
-    tensors = dict(_flatten(state))
+    keep, tensors = Keep(keep_last), dict(_flatten(state))
 
     def write(folder: Path) -> None:
-        dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=not _distributed())
+        _write(tensors, _Writer(folder, sync_files=True), DefaultSavePlanner(), None)
 
-    return _commit(root, step, write, meta, keep_last)
+    _commit(root, step, write, _n_bytes(tensors), meta, keep, None)
+    return _folder(root, step)
+
+
+class Saver:
+    """Checkpoints of a run in training: `save` copies the state and returns, a thread writes the copy.
+
+    With a process group every rank makes one, and calls `save`, `wait` and `close` alike; what the threads tell each
+    other goes through a group of their own, so it never mixes with the training's. Close it when done, before the
+    process group.
+
+    A process keeps one copy of the part of the state that it holds, pinned where that is on a GPU, and uses its memory
+    again: 12 bytes per parameter for fp32 weights and both moments of AdamW. (torch may round pinned memory up to a
+    power of two per tensor.) A write that fails is removed, and raised by the next `save`, `wait` or `close`.
+
+    pause_s    seconds that the last `save` took: the copy, and the rest of the write before it if there was one
+    write_s    seconds of the last write, up to the new name and the removal of older checkpoints
+    bytes      of its files, all ranks together
+    """
+
+    def __init__(self, root: Path, keep: Keep) -> None:
+        self.root, self.keep = root, keep
+        self.pause_s, self.write_s, self.bytes = 0.0, 0.0, 0
+        self._copies: dict[str, Tensor] = {}
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if _distributed() else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moma-saver")
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Begin the checkpoint of `step`; tensors and `meta` may change as soon as this returns.
+
+        Raises what the write before it raised, and ValueError for a state that holds anything but tensors, or when
+        this step has its checkpoint already.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        tensors = dict(_flatten(state))
+        _refuse_second(self.root, step)
+        self._copy(tensors)
+        record = json.loads(json.dumps(meta, allow_nan=False))
+        self._writing = self._thread.submit(self._write, step, tensors, record)
+        self.pause_s = time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more: the checkpoint has its name, for every rank.
+
+        Raises OSError when it could not be written.
+        """
+        if self._writing is not None:
+            try:
+                self._writing.result()
+            finally:
+                if self._writing.done():  # not when the wait was interrupted
+                    self._writing = None
+
+    def close(self) -> None:
+        """`wait`, then give back thread, memory and process group."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._copies.clear()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        """This process's part of every tensor into its own place in CPU memory; waits for the device once."""
+        on_gpu = False
+        for name, tensor in tensors.items():
+            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (part.shape, part.dtype):
+                copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+                self._copies[name] = copy
+            copy.copy_(part.detach(), non_blocking=True)
+            on_gpu = on_gpu or part.is_cuda
+        if on_gpu:
+            copied = torch.cuda.Event()
+            copied.record()
+            copied.synchronize()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+
+        def write(folder: Path) -> None:
+            # Nothing to copy ahead: the default would bring this thread a CUDA context of its own.
+            writer = _Writer(folder, sync_files=True, per_thread_copy_ahead=0)
+            _write(tensors, writer, _CopyPlanner(self._copies), self._group)
+
+        self.bytes = _commit(self.root, step, write, _n_bytes(tensors), meta, self.keep, self._group)
+        self.write_s = time.perf_counter() - begin
+
+
+class _CopyPlanner(DefaultSavePlanner):
+    """Plans by the tensors themselves, their shapes and how they are shared out; writes the copies."""
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        copy = self.copies[write_item.index.fqn]
+        assert write_item.tensor_data is not None and copy.shape == write_item.tensor_data.chunk.sizes
+        return copy
 
 
 class Lazy(NamedTuple):
@@ -126,16 +257,11 @@ def save_lazily(root: Path, step: int, tensors: Mapping[str, Lazy], meta: dict[s
 
     def write(folder: Path) -> None:
         # A file for every tensor: DCP's writer holds on to all tensors of a file until the file is whole.
-        writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
-        try:
-            dcp_save(empty, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
-        except CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if isinstance(cause, ValueError):
-                    raise cause from None
-            raise
+        writer = _Writer(folder, single_file_per_rank=False, sync_files=True)
+        _write(empty, writer, _LazyPlanner(tensors), None)
 
-    return _commit(root, step, write, meta, keep_last=0)
+    _commit(root, step, write, _n_bytes(empty), meta, Keep(last=0), None)
+    return _folder(root, step)
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -152,21 +278,58 @@ class _LazyPlanner(DefaultSavePlanner):
         return tensor
 
 
-def _commit(root: Path, step: int, write: Callable[[Path], None], meta: dict[str, Any], keep_last: int) -> Path:
-    """Let `write` put the tensors into a folder under a temporary name, add `meta.json`, make it a checkpoint."""
-    folder = root / f"step-{step:08d}"
+class _Writer(FileSystemWriter):
+    """DCP's writer, which hides what the system said behind an error about positions in an archive."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
+def _write(
+    tensors: Mapping[str, Tensor],
+    writer: _Writer,
+    planner: DefaultSavePlanner,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Let DCP write the tensors; what one rank's write raised is raised on all."""
+    _quiet()
+    try:
+        dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=not _distributed())
+    except CheckpointException as error:
+        first = min(error.failures)
+        raise error.failures[first][0] from None
+
+
+def _commit(
+    root: Path,
+    step: int,
+    write: Callable[[Path], None],
+    n_bytes: int,
+    meta: dict[str, Any],
+    keep: Keep,
+    group: dist.ProcessGroup | None,
+) -> int:
+    """Let `write` put the tensors into a folder under a temporary name, add `meta.json`, make it a checkpoint.
+
+    Returns the bytes of its files. What fails on one rank is raised on all.
+    """
+    _refuse_second(root, step)
+    folder = _folder(root, step)
     temporary = root / f"{TMP}{folder.name}"
-    if folder.exists():
-        raise ValueError(f"got a second checkpoint of step {step}, need one: resume from {folder} or remove it")
-    if _rank() == 0:
+
+    def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(f"{TMP}*"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         temporary.mkdir()
-    _barrier()
-    with _quiet():
-        write(temporary)
-    if _rank() == 0:
+
+    def finish() -> int:
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         record = {"format": FORMAT, "step": step, **meta, "files": sizes}
         (temporary / "meta.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -174,18 +337,116 @@ def _commit(root: Path, step: int, write: Callable[[Path], None], meta: dict[str
         _fsync(temporary)
         temporary.rename(folder)
         _fsync(root)
-        for old in _complete(root)[:-keep_last] if keep_last else []:
+        for old in _superfluous(root, keep):
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a real
             # name.
-            shutil.rmtree(old.rename(root / f"{TMP}{old.name}"))
-    _barrier()
-    return folder
+            _remove(old.rename(root / f"{TMP}{old.name}"))
+        return sum(sizes.values())
+
+    try:
+        _on_first(prepare, group)
+        write(temporary)
+        return _on_first(finish, group)
+    except Exception as error:
+        if _rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError):
+            raise OSError(_unwritten(root, step, n_bytes, error)) from error
+        raise
+
+
+def _unwritten(root: Path, step: int, n_bytes: int, error: Exception) -> str:
+    """What to say of a checkpoint that could not be written: what it takes, and where the run stands without it."""
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if os.path.isdir(path))
+    free, last = shutil.disk_usage(there).free, latest(root)
+    alive = ", and every process alive until it is written" if _distributed() else ""
+    after = f"it goes on from {last.name}, the last whole one" if last else "it starts over, there is no whole one yet"
+    return (
+        f"got no checkpoint of step {step} in {root} ({str(error).splitlines()[0]}), need {_mib(n_bytes)} free there "
+        f"({_mib(free)} are) and the right to write{alive}: make room or give the right, then run the same command: "
+        f"{after}"
+    )
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{math.ceil(n_bytes / 2**20)} MiB"
+
+
+_T = TypeVar("_T")
+
+
+def _on_first(work: Callable[[], _T], group: dist.ProcessGroup | None) -> _T:
+    """What `work` returns or raises on the first rank, which alone does it: the same on every rank, not before."""
+    outcome: list[Any] = [None]
+    if _rank() == 0:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    if _distributed():
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _superfluous(root: Path, keep: Keep) -> list[Path]:
+    """The checkpoints that need not stay; never the newest."""
+    there = _complete(root)
+    if not keep.last:
+        return []
+    kept = set(there[-keep.last :])
+    if keep.every:
+        kept |= {path for path in there if _step(path) % keep.every == 0}
+    losses = {path: loss for path in there if (loss := _val_loss(path)) is not None} if keep.best else {}
+    if losses:
+        kept.add(min(losses, key=lambda path: (losses[path], _step(path))))
+    return [path for path in there if path not in kept]
+
+
+def _val_loss(path: Path) -> float | None:
+    try:
+        loss = read_meta(path).get("val_loss")
+    except (OSError, ValueError):  # a damaged one is for those who load it
+        return None
+    return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder that no one needs; one that stays takes room and does no harm."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be removed ({error}): remove it by hand", stacklevel=2)
+
+
+def _refuse_second(root: Path, step: int) -> None:
+    if (folder := _folder(root, step)).exists():
+        raise ValueError(f"got a second checkpoint of step {step}, need one: resume from {folder} or remove it")
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _n_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Of all tensors, each one whole."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def latest(root: Path) -> Path | None:
     """The folder of the newest complete checkpoint, None if there is none."""
     complete = _complete(root)
     return complete[-1] if complete else None
+
+
+def by_step(root: Path) -> dict[int, Path]:
+    """The folders of all complete checkpoints by step, the newest last."""
+    return {_step(path): path for path in _complete(root)}
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -358,9 +619,9 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    _quiet()
     try:
-        with _quiet():
-            dcp_load(tensors, storage_reader=_Reader(path), no_dist=not _distributed())
+        dcp_load(tensors, storage_reader=_Reader(path), no_dist=not _distributed())
     except (CheckpointException, RuntimeError, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -369,18 +630,19 @@ def _damaged(path: Path, error: BaseException) -> ValueError:
     return ValueError(f"got a damaged {path} ({type(error).__name__}): remove it, resume from before")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning at every save and load that there is no process group: normal here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _quiet() -> None:
+    """No warning of DCP at every save and load that there is no process group: normal here.
+
+    For good, since `catch_warnings` is not for threads.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _complete(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and (p / "meta.json").exists())
+    found = (p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and (p / "meta.json").exists())
+    return sorted(found, key=_step)
 
 
 def _form(shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -401,8 +663,3 @@ def _distributed() -> bool:
 
 def _rank() -> int:
     return dist.get_rank() if _distributed() else 0
-
-
-def _barrier() -> None:
-    if _distributed():
-        dist.barrier()

@@ -1,30 +1,52 @@
-"""Where and how a step runs: device, precision, compilation, ranks. Model code knows none of it.
+"""Where and how a step runs: device, precision, recomputation, compilation, ranks. Model code knows none of it.
 
     bf16    matmuls in bf16 over fp32 master weights (autocast); routers, norms, losses in fp32
     fp32    everything in fp32
 
-Blocks are compiled one by one (regional): they share one graph, so compile time does not grow with depth.
+Every block is recomputed in backward, compiled and shared out by itself, from the inside out:
+
+    share out [ compile [ recompute [ block ] ] ]       blocks of one kind share one graph
 
 Under `torchrun` a command joins its process group (`process_group`): gloo on CPUs, NCCL on GPUs. Without one, the
-functions that work across ranks leave their tensors as they are. Parameters are copies on every rank, or cut into equal
-parts (`shard_`): a block's are put together for its forward and its backward, all others wait as parts.
+functions that work across ranks leave their tensors as they are. Parameters are copies on every rank, or a block's
+matrices are cut into equal parts (`shard_`, FSDP2) and put together for its forward and its backward, in bf16 where
+they are multiplied in bf16. What is computed in fp32 (norms, routers) is small and stays a copy, so that the numbers
+are those of one process. Losses are scaled by the number of ranks and gradients averaged, which gives their sum.
 """
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from moma.model.block import Block
+from moma.model.precision import wants_full_precision
 from moma.model.transformer import Transformer
 
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET = 2**24  # numbers summed together: bounds what a reduction copies
+
+# FLOP/s of bf16 matmuls without sparsity, by what a GPU's name holds (data sheets)
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+_aten = torch.ops.aten
+# What `recompute=selective` keeps of a block: results of matmuls, attention and the routers' sorts, most of the work.
+KEPT = {
+    *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.sort.stable),
+    *(_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default),
+    *(_aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default),
+}
 
 
 @dataclass(frozen=True)
@@ -34,12 +56,24 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     threads: int | None = None  # CPU threads; None: as torch finds them
+    processes: int | None = None  # to start on this machine; None: this one, or those of `torchrun`
     shard: bool = False  # parameters, gradients and optimizer state among the processes (FSDP2), not copies
-    peak_flops: float | None = None  # FLOP/s of the device for the MFU; None: no MFU
+    replicas: int = 1  # groups of processes of which each holds all parts (HSDP)
+    reshard: bool = True  # give up a block's parameters after its forward and fetch them again for its backward
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # of gradients on their way between processes
+    recompute: Literal["none", "selective", "full"] = "none"  # a block's activations, in backward
+    peak_flops: float | None = None  # FLOP/s of one device, for the MFU; None: those of a known GPU, else no MFU
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"got threads={self.threads}, need at least 1, or null for torch's choice")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"got parallel.processes={self.processes}, need at least 1, or null for this process")
+        if self.replicas < 1 or (self.replicas > 1 and not self.shard):
+            raise ValueError(
+                f"got parallel.replicas={self.replicas} and shard={self.shard}, need at least 1, and shard=true for "
+                "more: without it every process holds a copy"
+            )
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -65,20 +99,56 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def compile_blocks(model: Transformer, parallel: ParallelConfig, device: torch.device) -> None:
-    """Compile every block as one graph with static shapes, where the configuration says so."""
-    if parallel.compile == "on" or (parallel.compile == "auto" and device.type == "cuda"):
-        # one graph per kind of block: a model whose layers differ must not run into dynamo's limit
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + 8)
-        for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-
-
 class Ranks(NamedTuple):
     """This process among those that run together."""
 
     rank: int
     world: int
+
+
+def peak_flops(parallel: ParallelConfig, device: torch.device, world: int) -> float | None:
+    """FLOP/s of all devices together, None where they are not known."""
+    if parallel.peak_flops:
+        return parallel.peak_flops * world
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops * world for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def compiles(parallel: ParallelConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled, so that shapes must be static."""
+    return parallel.compile == "on" or (parallel.compile == "auto" and device.type == "cuda")
+
+
+def arrange_(model: Transformer, parallel: ParallelConfig, ranks: Ranks, precision: str, device: torch.device) -> None:
+    """Make every block recompute, compiled and shared out as the configuration says; raises what `shard_` does."""
+    run: Callable[..., Any] = {"none": _run, "selective": _run_keeping, "full": _run_again}[parallel.recompute]
+    if compiles(parallel, device):
+        # one graph per kind of block: a model whose layers differ must not run into dynamo's limit
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + 8)
+        run = torch.compile(run, fullgraph=True, dynamic=False)
+    if run is not _run:
+        for block in model.blocks:
+            block.forward = partial(run, block)
+    if parallel.shard and dist.is_initialized():
+        shard_(model, parallel, ranks, precision, device)
+
+
+def _run(block: Block, *inputs: Any) -> Any:
+    return type(block).forward(block, *inputs)
+
+
+def _run_again(block: Block, *inputs: Any) -> Any:
+    # noise comes as a tensor: there is no random state to restore
+    return checkpoint(_run, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _run_keeping(block: Block, *inputs: Any) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, _keep)
+    return checkpoint(_run, block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextlib.contextmanager
@@ -114,60 +184,89 @@ def first_before_others(ranks: Ranks) -> Iterator[None]:
         dist.barrier()
 
 
-def shard_(model: Transformer, ranks: Ranks) -> None:
-    """Share out every block's parameters among the processes, and then what is left (FSDP2, `fully_shard`).
+def shard_(model: Transformer, parallel: ParallelConfig, ranks: Ranks, precision: str, device: torch.device) -> None:
+    """Share out every block's matrices among the processes, and then embedding and head (FSDP2, `fully_shard`).
 
-    Each is cut along its largest dimension that all processes can have an equal part of, else along the first.
-    Gradients come out as means over the processes.
+    Gradients come out as means over the processes. Raises ValueError where `replicas` does not divide them, or a
+    matrix would leave a process without a part.
     """
+    if ranks.world % parallel.replicas:
+        raise ValueError(
+            f"got parallel.replicas={parallel.replicas} of {ranks.world} processes, need a divisor: change one of them"
+        )
+    parts = ranks.world // parallel.replicas
+    copies = parallel.replicas > 1
+    mesh = init_device_mesh(
+        device.type,
+        (parallel.replicas, parts) if copies else (parts,),
+        mesh_dim_names=("replicas", "parts") if copies else ("parts",),
+    )
+    wide = {parameter for name, parameter in model.named_parameters() if wants_full_precision(name)}
+    low = torch.bfloat16 if precision == "bf16" else None
+    for module, dtype in (*((block, low) for block in model.blocks), (model, None)):
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=parallel.reshard if module is not model else None,
+            shard_placement_fn=lambda parameter: Shard(cut_along(tuple(parameter.shape), parts)),
+            mp_policy=MixedPrecisionPolicy(dtype, REDUCE_DTYPES[parallel.reduce_dtype], None, False),
+            ignored_params=wide,
+        )
 
-    def placement(parameter: nn.Parameter) -> Shard:
-        even = [dim for dim, size in enumerate(parameter.shape) if size % ranks.world == 0]
-        return Shard(max(even, key=lambda dim: parameter.shape[dim], default=0))
 
-    for block in model.blocks:
-        fully_shard(block, shard_placement_fn=placement)
-    fully_shard(model, shard_placement_fn=placement)
+def cut_along(shape: tuple[int, ...], parts: int) -> int:
+    """The dimension along which a parameter is cut: the first of which every process gets an equal part, else the
+    first if none stays empty. Raises ValueError if one would."""
+    even = next((dim for dim, size in enumerate(shape) if size % parts == 0), None)
+    if even is not None:
+        return even
+    if -(-shape[0] // -(-shape[0] // parts)) < parts:  # FSDP2 cuts into pieces of ceil(size / parts)
+        raise ValueError(
+            f"got {parts} processes for a parameter of {' x '.join(map(str, shape))}, need a number that divides one "
+            "of these, so that none is left without a part: start another number, or set parallel.replicas or "
+            "parallel.shard=false"
+        )
+    return 0
 
 
-def sum_(tensors: Iterable[Tensor]) -> None:
-    """Replace every tensor by its sum over the ranks, in place; neighbours of one dtype go together."""
+def send_gradients(model: Transformer, send: bool) -> None:
+    """Whether a shared out model's next backward sends its gradients on: the last one of a step does, for all."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(send)
+
+
+def sum_(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+    """Replace every tensor by its sum over the ranks, in place; neighbours of one dtype go together.
+
+    `dtype`: what they travel as, theirs if None.
+    """
     if not dist.is_initialized():
         return
     waiting: list[Tensor] = []
     for tensor in tensors:
         full = sum(other.numel() for other in waiting) + tensor.numel() > BUCKET
         if waiting and (full or tensor.dtype != waiting[0].dtype):
-            _sum_together(waiting)
+            _sum_together(waiting, dtype)
             waiting = []
         waiting.append(tensor)
     if waiting:
-        _sum_together(waiting)
+        _sum_together(waiting, dtype)
 
 
-def _sum_together(group: list[Tensor]) -> None:
-    flat = torch.cat([tensor.reshape(-1) for tensor in group])
+def _sum_together(group: list[Tensor], dtype: torch.dtype | None) -> None:
+    flat = torch.cat([tensor.reshape(-1).to(dtype or tensor.dtype) for tensor in group])
     dist.all_reduce(flat)
     for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace every tensor by its mean over the ranks, in place."""
-    if dist.is_initialized():
+def average_(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+    """Replace every tensor by its mean over the ranks, in place; `dtype` as for `sum_`."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
         tensors = list(tensors)
-        sum_(tensors)
+        sum_(tensors, dtype)
         for tensor in tensors:
             tensor /= dist.get_world_size()
-
-
-def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank: the same answer on all of them, for which the host waits."""
-    if not dist.is_initialized():
-        return flag
-    raised = torch.tensor(float(flag), device=device)
-    dist.all_reduce(raised)
-    return bool(raised.item())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -182,3 +281,27 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+class Late:
+    """Small tensors of a step that the host reads one step late, while the device works on: it never waits idle."""
+
+    def __init__(self) -> None:
+        self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(self, step: int, tensor: Tensor) -> None:
+        """Start the way of a tensor to the host."""
+        event, host = None, tensor.detach().to("cpu", copy=True) if not tensor.is_cuda else None
+        if host is None:
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._sent.append((step, host, event))
+
+    def read(self, behind: int) -> Iterator[tuple[int, list[float]]]:
+        """What has been sent, but for the last `behind`: (step, numbers) in order."""
+        while len(self._sent) > behind:
+            step, host, event = self._sent.popleft()
+            if event is not None:
+                event.synchronize()
+            yield step, host.tolist()

@@ -24,6 +24,8 @@ Refuses pickles (.bin), files named outside the folder, and whatever our decoder
 RoPE, tied embeddings, other activations, quantised weights. Dropout is for training and left out.
 """
 
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moma import schema
+from moma.checkpoint import Lazy
 from moma.modality import Vocabulary
 from moma.model.transformer import ModelConfig
 
@@ -407,6 +410,43 @@ def check_tensors(forms: Mapping[str, Form], wanted: Mapping[str, Parts], where:
                 f"got {name} as {str(forms[name].dtype).removeprefix('torch.')} in {where}, need "
                 f"{', '.join(NAMES.values())}: convert it"
             )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form strings in the header of a safetensors file; ValueError for one that is damaged or missing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"got a damaged or missing {path} ({error}), need a whole file: copy it again") from error
+
+
+def write_lazily(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> int:
+    """One safetensors file, fsynced, of tensors of which one at a time is in memory; returns their bytes.
+
+        8 bytes: n   |   n bytes: JSON of names, dtypes, shapes, places   |   the tensors, little-endian, gapless
+
+    Wide dtypes come first, so that each tensor begins at a multiple of its width. Raises ValueError for a dtype that
+    the format has no name for.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    stop = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        form = Form(tensors[name].shape, tensors[name].dtype)
+        if form.dtype not in names:
+            raise ValueError(f"got {name} as {form.dtype}, need one of {', '.join(map(str, names))}: convert it")
+        start, stop = stop, stop + form.n_bytes
+        header[name] = {"dtype": names[form.dtype], "shape": list(form.shape), "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in list(header)[1:]:
+            file.write(tensors[name].fetch().contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    return stop
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -32,13 +32,20 @@ METRICS = {
     "aux_loss": "nats: binary cross-entropy of the auxiliary routers, per routed token and expert",
     "balance_loss": "weighted: load-balancing loss of token choice added to the loss, summed over layers and groups",
     "router_z_loss": "weighted: squared log-partition of token choice added to the loss, summed over layers and groups",
+    "loss_source/{source}": "nats: cross-entropy of the targets of one source",
     "grad_norm": "1: global L2 norm of the gradient before clipping",
+    "grad_norm/{part}": "1: L2 norm of the gradient of one part of the model before clipping, on the logged step",
+    "skipped_steps": "steps: left out so far because a loss or a gradient was not finite",
     "lr": "1: learning rate of the step",
+    "micro_batches": "micro-batches: consumed by the run so far; the plan says which documents they hold",
     "tokens": "tokens: consumed by the run so far",
     "flops": "FLOPs: training FLOPs of the run so far",
     "tokens_per_second": "tokens/s: over the window since the last line, evaluation and checkpoints left out",
     "mfu_full": "1: model FLOPs utilisation, attention counted in full",
     "mfu_causal": "1: model FLOPs utilisation, causal half of attention counted",
+    "memory_gib": "GiB: most that the first process has held so far (of a GPU's memory, else of the host's)",
+    "checkpoint_pause_s": "s: that the last checkpoint held the training up",
+    "checkpoint_write_s": "s: that the last finished checkpoint took to be written, beside the training",
     "data_wait_s": "s: waiting for data in the window since the last line",
     "time/{kind}_s": "s: of the whole run, by kind of work",
     "val_loss": "nats: validation cross-entropy over all targets; all val_ numbers route as in training",
@@ -46,6 +53,11 @@ METRICS = {
     "val_loss_text_plain": "nats: validation cross-entropy of text targets without structural tokens",
     "val_loss_image": "nats: validation cross-entropy of image targets",
     "val_loss_{modality}": "nats: validation cross-entropy of the targets of a further modality",
+    "val_threshold_loss": "nats: validation cross-entropy, routed causally by moving cut-offs; so all val_threshold_",
+    "val_threshold_loss_text": "nats: the same of text targets, structural tokens included",
+    "val_threshold_loss_text_plain": "nats: the same of text targets without structural tokens",
+    "val_threshold_loss_image": "nats: the same of image targets",
+    "val_threshold_loss_{modality}": "nats: the same of the targets of a further modality",
     "data/{source}/passes": "epochs: passes over one source so far",
     "data/{source}/tokens": "tokens: taken from one source so far",
     "data/{source}/share": "1: share of one source in the tokens so far",
@@ -72,6 +84,8 @@ METRICS = {
     "perplexity/{source}": "codes: perplexity of the codes of held-out pictures",
     "aux/{router}/accuracy": "1: agreement of the auxiliary routers with the training rule",
 }
+# names (or their beginnings) that are read from clocks and gauges: all others are the same in every repetition
+MEASURED = ("tokens_per_second", "mfu_", "memory_gib", "checkpoint_", "data_wait_s", "time/")
 _PATTERN = re.compile("|".join(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(name)) for name in sorted(METRICS, key=len)))
 
 
@@ -181,6 +195,12 @@ def _finite(value: float | int | None) -> float | int | None:
     return value if value is None or math.isfinite(value) else None
 
 
+def clock(seconds: float) -> str:
+    """A duration for people: `42 s`, `1:02:03`."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 600 else f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
 class Progress:
     """Console progress: on a terminal one redrawn line, elsewhere a plain line every `interval_s` seconds."""
 
@@ -200,7 +220,7 @@ class Progress:
             return
         self._shown = now
         rate = (now - self._began) / max(1, done - self._start)
-        left = f"{rate * (self._total - done):.0f} s left" if done > self._start else ""
+        left = f"{clock(rate * (self._total - done))} left" if done > self._start else ""
         line = " | ".join(part for part in (f"{self._what} {done}/{self._total}", text, left) if part)
         self._stream.write(f"\r\x1b[2K{line}" if self._live else line + "\n")
         self._stream.flush()

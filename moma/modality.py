@@ -14,6 +14,7 @@ layer (`moma/model/feed_forward.py`) reuses them. Data pipeline and router are o
 Imports torch only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,13 +88,14 @@ class TokenGroups(NamedTuple):
     slot: tuple[Tensor, ...]
     valid: tuple[Tensor, ...] | None = None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TokenGroups":
+        """The same groups with every tensor changed."""
+        valid = None if self.valid is None else tuple(map(change, self.valid))
+        return TokenGroups(tuple(map(change, self.index)), tuple(map(change, self.slot)), valid)
+
     def to(self, device: torch.device | str) -> "TokenGroups":
         """The same groups on `device`."""
-
-        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(t.to(device, non_blocking=True) for t in tensors)
-
-        return TokenGroups(move(self.index), move(self.slot), None if self.valid is None else move(self.valid))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def merged(self) -> "TokenGroups":
         """All modalities as one group (the `all` partition): index = every position, padding not valid."""

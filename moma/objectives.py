@@ -122,6 +122,17 @@ def loss_tallies(losses: TokenLosses, target_T: Tensor, vocab: Vocabulary, z_wei
     return tallies | {"z_loss": _tally(losses.z_T * z_weight, present_T)}
 
 
+def source_tallies(losses: TokenLosses, batch: Batch) -> Tallies:
+    """Cross-entropy over the targets of every source."""
+    if batch.source_RL is None:
+        return {}
+    source_T, present_T = batch.source_RL.flatten(), batch.target_RL.flatten() != IGNORE
+    return {
+        f"loss_source/{name}": _tally(losses.cross_entropy_T, present_T & (source_T == place))
+        for place, name in enumerate(batch.sources)
+    }
+
+
 def router_tallies(stats: dict[str, RouterStats], batch: Batch, vocab: Vocabulary) -> Tallies:
     """Per router and modality: share of its tokens that none, one, several of its experts compute, mean number of
     experts, mean score, entropy of the experts' loads over its maximum, share of choices that a capacity refused."""
@@ -193,6 +204,7 @@ def next_token(
     """Loss of one micro-batch, its sum divided by the step's `denominator`; `detail` adds routing statistics."""
     losses, stats = run_model(model, batch, denominator, "train", config.z_weight, disturbances)
     tallies = loss_tallies(losses, batch.target_RL.flatten(), vocab, config.z_weight)
+    tallies |= source_tallies(losses, batch)
     tallies |= router_tallies(stats, batch, vocab) if detail else {}
     loss, share = losses.objective, batch.n_targets / denominator
     own: dict[str, Tensor] = {}  # summed over the layers

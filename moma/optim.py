@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moma.distributed import whole
 from moma.meter import Duration
@@ -49,20 +50,20 @@ class OptimConfig:
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two optimizer groups: decayed and not.
+    """Trainable parameters in optimizer groups: decayed and not, shared out among processes and not.
 
     Matrices decay: everything of two or more dimensions, so stacked experts, routers and embeddings too.
     Biases and norms do not, and a norm is known by its name, since QK-norm weights per head are
     two-dimensional. Raises ValueError when nothing is trainable.
     """
-    decayed, free = [], []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and "norm" not in name else free).append(parameter)
-    if not decayed and not free:
+            decays = parameter.ndim >= 2 and "norm" not in name
+            groups.setdefault((not decays, isinstance(parameter, DTensor)), []).append(parameter)
+    if not groups:
         raise ValueError("got a model without trainable parameters, need at least one: check what is frozen")
-    groups = ((decayed, config.weight_decay), (free, 0.0))
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    return [{"params": groups[key], "weight_decay": 0.0 if key[0] else config.weight_decay} for key in sorted(groups)]
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
@@ -108,13 +109,54 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def step_(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+    """One optimizer step, or none where the scalar `skip` is true: parameters, moments and counters stay to the last
+    bit. Decided on the device, so that the host need not wait."""
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # read by the fused kernel
+    optimizer.step()
+
+
+def clip_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a global L2 norm of at most `max_norm`; returns the norm before, fp32
     scalar.
 
     The result stays on the device: nothing waits for it until it is logged. Sharded gradients give the norm
-    over all ranks. A norm that is not finite makes the gradients not finite: the loop looks at it when it
-    logs.
+    over all ranks. A norm that is not finite makes the gradients not finite: such a step is not to be taken.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    return whole(norm)
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    parts = [[p for p in trained if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    parts = [part for part in parts if part]
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for part in parts:
+        torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm, foreach=True)
+    return norm
+
+
+def norms_by_part(named_parameters: Iterable[tuple[str, nn.Parameter]], world: int, replicas: int) -> dict[str, Tensor]:
+    """Squared L2 norms of this process's share of the gradients, by part of the model: the sums over the processes are
+    those of the whole gradient. fp32 scalars.
+
+    What every process holds a copy of counts as the `world`-th part on each, what is shared out among groups of
+    processes that each hold all of it (`replicas` of them) as the `replicas`-th.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parameter in named_parameters:
+        if parameter.grad is None:
+            continue
+        local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        square = local.float().square().sum() / (replicas if isinstance(parameter.grad, DTensor) else world)
+        part = part_of(name)
+        found[part] = found[part] + square if part in found else square
+    return found
+
+
+def part_of(name: str) -> str:
+    """The part of a model that the parameter of this name belongs to."""
+    for word, part in (
+        (".aux.", "aux_routers"), ("norm", "norms"), ("router", "routers"), ("attention", "attention"),
+        ("feed_forward", "feed_forward"),
+    ):  # fmt: skip
+        if word in name:
+            return part
+    return name.split(".")[0]  # embedding, head

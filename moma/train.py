@@ -5,62 +5,95 @@
 
 Same command again = resume: the newest whole checkpoint of the run folder goes on, bit for bit. Identity fields
 (what the numbers depend on) must be the same, else the differences are printed and nothing is touched; the rest may
-change. The loop refuses to go on from a loss that is not finite.
+change. A step whose loss or gradient is not finite changes nothing: it is counted, named in skipped.jsonl, and after
+`max_skipped` of them the run ends.
 
-Under `torchrun` the micro-batches of a step are shared out among the processes; losses are divided by the targets of
-all of them, gradients and routing observations summed. Each process holds all parameters, or its part of them
-(`parallel.shard`). Neither this nor the number of processes is part of a run: another one goes on with the same
-micro-batches per step.
+Under `torchrun`, or with `parallel.processes`, the micro-batches of a step are shared out among the processes; losses
+are divided by the targets of all of them, gradients and routing observations summed. Each process holds all parameters,
+or its part of them (`parallel.shard`). Neither this nor the number of processes is part of a run: another one goes on
+with the same micro-batches per step.
+
+The host never waits for the device inside a step: what it must know of a step (is a process asked to stop? was the loss
+finite?) travels with the gradients, is the same on all processes, and is read while the next step runs.
 """
 
 import contextlib
+import json
+import math
+import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moma import checkpoint
 from moma.config import Composed, Duration, kind_field
 from moma.config import diff as config_diff
 from moma.data.batch import Batch, build_batch
 from moma.data.loader import Loader
-from moma.data.plan import Plan, PlanShape
-from moma.data.shards import corpus_hash, open_corpus
+from moma.data.plan import MicroBatch, Plan, PlanShape, documents_of
+from moma.data.shards import ShardedSource, corpus_hash, open_corpus
 from moma.distributed import (
+    REDUCE_DTYPES,
+    Late,
     ParallelConfig,
     Ranks,
+    arrange_,
     autocast,
+    average_,
     choose_device,
     choose_precision,
-    compile_blocks,
-    on_any_rank,
+    compiles,
+    peak_flops,
     process_group,
-    shard_,
+    send_gradients,
     sum_,
-    whole,
 )
 from moma.evaluation import perplexity
 from moma.evaluation.diagnostics import specialisation
-from moma.log import LogConfig, Progress, RunLog
+from moma.export import open_parameters
+from moma.log import LogConfig, Progress, RunLog, clock
+from moma.memory import step_memory
 from moma.meter import Meter
 from moma.modality import Vocabulary
 from moma.model.attention import ATTENTIONS, AttentionConfig, SharedAttentionConfig
 from moma.model.depth import DEPTHS, DepthBlock, DepthConfig, FullDepthConfig
-from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig, SparseConfig
+from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig, Mode, SparseConfig
 from moma.model.flops import aux_flops, parts_of, totals
 from moma.model.routing import Disturbance, State
 from moma.model.transformer import ARCHITECTURE, Architecture, ModelConfig, Transformer, build_model
 from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, Tallies, freeze_for, is_aux, routing_noise
-from moma.optim import OptimConfig, build_optimizer, clip_, learning_rate, set_learning_rate
+from moma.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_,
+    learning_rate,
+    norms_by_part,
+    set_learning_rate,
+    step_,
+)
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
+from moma.trace import ProfileConfig, Trace
 
+SKIPPED = "skipped.jsonl"  # of a run: steps that were left out, and the documents they would have learnt from
 IDENTITY = (
     *ARCHITECTURE, "objective", "data", "optim", "seed", "precision", "init_from", "vocab_hash", "plan",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A mixture that holds from a point of the training on, to the next stage or the end."""
+
+    at: Duration
+    mixture: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -73,6 +106,8 @@ class DataConfig:
     images: int
     accumulation: int = 1  # micro-batches per optimizer step
     mixture: dict[str, float] = field(default_factory=dict)  # weight per source; empty: by size
+    stages: tuple[StageConfig, ...] = ()  # other mixtures later in the training
+    balance: bool = True  # false: `images` on average alone, the baseline that constant counts are measured against
 
     def __post_init__(self) -> None:
         PlanShape(self.rows, self.row_length, self.images)
@@ -87,8 +122,19 @@ class DataConfig:
     def tokens_per_step(self) -> int:
         return self.rows * self.row_length * self.accumulation
 
+    def stage_starts(self, total: int, flops_per_token: float) -> list[tuple[int, dict[str, float]]]:
+        """First micro-batch and mixture of every stage of a run of `total` steps; ValueError unless they rise in it."""
+        steps = [stage.at.to_steps(self.tokens_per_step, flops_per_token, total) for stage in self.stages]
+        if steps != sorted(set(steps)) or any(not 0 < step < total for step in steps):
+            raise ValueError(
+                f"got data.stages that begin after steps {steps} of {total}, need rising steps inside the run: correct "
+                "data.stages or duration"
+            )
+        return [(step * self.accumulation, stage.mixture) for step, stage in zip(steps, self.stages, strict=True)]
+
     def modality_shares(self, vocab: Vocabulary) -> tuple[float, ...]:
-        """Constant share of text and image tokens; further modalities count as text here."""
+        """Share of text and image tokens, constant, or on average without `balance`; further modalities count as text
+        here."""
         image = self.images * vocab.tokens_per_image / (self.rows * self.row_length)
         return (1 - image, image, *([0.0] * len(vocab.extra_modalities)))
 
@@ -115,14 +161,16 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often to save, and how many to keep (0: all); the end of a run is always saved."""
+    """How often to save, and which stay: the newest `keep_last` (0: all), those at multiples of `keep_every`, the one
+    with the lowest validation loss. The end of a run is always saved."""
 
     interval: Duration = Duration(steps=1000)
     keep_last: int = 2
+    keep_every: Duration | None = None
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep_last < 0:
-            raise ValueError(f"got keep_last={self.keep_last}, need at least 1, or 0 to keep all")
+        checkpoint.Keep(self.keep_last)
 
 
 @dataclass(frozen=True)
@@ -139,13 +187,15 @@ class TrainConfig:
     duration: Duration = field(kw_only=True)
     optim: OptimConfig = field(kw_only=True)
     seed: SeedConfig = SeedConfig()
+    max_skipped: int = 10  # steps of a run that may be left out because a loss or a gradient was not finite
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     run_dir: Path | None = None  # null: runs/ and the choices
-    init_from: Path | None = None  # run whose newest checkpoint the parameters start from
+    init_from: Path | None = None  # run, or file of `moma export`, whose parameters this one starts from
 
     @property
     def architecture(self) -> Architecture:
@@ -189,7 +239,7 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
     device = choose_device(config.parallel.device)
     vocab = load_vocabulary(asset_folder(config.tokenizer))
     sources = open_corpus(config.data.corpus, "train", vocab.hash)
-    plan = Plan(dict(sources), config.data.shape, config.seed.data, config.data.mixture)
+    plan = training_plan(config, dict(sources), vocab)
     newest = checkpoint.latest(run_dir / "checkpoints")
     meta = checkpoint.read_meta(newest) if newest else {}
     if meta.get("imported"):
@@ -210,13 +260,9 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
     )  # fmt: skip
     init_step = meta.get("init_step")
     if config.init_from and not newest:
-        base = checkpoint.latest(config.init_from / "checkpoints")
-        init_step = checkpoint.read_meta(base)["step"] if base else None
-        load_parameters(model, config.init_from, identity, needs_aux)
+        init_step = load_parameters(model, config.init_from, identity, needs_aux)
     freeze_for(config.objective, model)
-    sharded = config.parallel.shard and ranks.world > 1
-    if sharded:
-        shard_(model, ranks)
+    arrange_(model, config.parallel, ranks, precision, device)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     state = {
         "model": checkpoint.model_state(model),
@@ -224,7 +270,6 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
     }
     if newest:
         checkpoint.load(newest, state)
-    compile_blocks(model, config.parallel, device)
 
     shares = config.data.modality_shares(vocab)
     flops = totals(parts_of(model, config.data.row_length, shares))
@@ -252,24 +297,69 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
         has_noise(config, meta),
         meta.get("upcycled"),
         ranks,
-        ranks.world if sharded else 1,
+        meta.get("skipped", 0),
+        flops["flops_per_token_forward_causal"] / flops["flops_per_token_forward"],
     )
     if first:
-        run.print_plan(flops, flops_per_token, sources, meta.get("step", 0))
-    meter = Meter(config.parallel.peak_flops, state=meta.get("meter"))
+        with torch.device("meta"):
+            outline = Transformer(config.architecture, vocab.size, vocab.modalities, needs_aux)
+        run.print_plan(outline, flops, flops_per_token, sources, meta)
+    keep_every = config.checkpoint.keep_every
+    keep = checkpoint.Keep(
+        config.checkpoint.keep_last,
+        keep_every and max(1, keep_every.to_steps(tokens_per_step, flops_per_token, total)),
+        config.checkpoint.keep_best,
+    )
+    meter = Meter(peak_flops(config.parallel, device, ranks.world), state=meta.get("meter"))
     with checkpoint.alone(run_dir) if first else contextlib.nullcontext():
         log = None
         if first:
-            log = RunLog(run_dir, config.log, identity, meta.get("metrics_offset"), meta.get("wandb_id"))
+            _forget_skipped(run_dir / SKIPPED, meta.get("step", 0))
+            about = identity | {"total_steps": total, "upcycled": meta.get("upcycled"), "git": run.git}
+            log = RunLog(run_dir, config.log, about, meta.get("metrics_offset"), meta.get("wandb_id"))
         loader = Loader(
-            plan, dict(sources), vocab, state=meta.get("data"), per_step=config.data.accumulation, **ranks._asdict()
-        )
+            plan, dict(sources), vocab, state=meta.get("data"), per_step=config.data.accumulation, **ranks._asdict(),
+            padded=not config.data.balance and compiles(config.parallel, device),  # static shapes for counts that vary
+            pin=device.type == "cuda",
+        )  # fmt: skip
         try:
-            return run.loop(meta.get("step", 0), loader, meter, log, flops_per_token)
+            with closing(checkpoint.Saver(run_dir / "checkpoints", keep)) as saver:
+                return run.loop(meta.get("step", 0), loader, meter, log, saver, flops_per_token)
         finally:
             loader.close()
             if log is not None:
                 log.close()
+
+
+@contextlib.contextmanager
+def closing(saver: checkpoint.Saver) -> Iterator[checkpoint.Saver]:
+    """Close it on the way out; after another error, one of the last write goes unsaid."""
+    try:
+        yield saver
+    except BaseException:
+        with contextlib.suppress(OSError):
+            saver.close()
+        raise
+    saver.close()
+
+
+def training_plan(config: TrainConfig, sources: dict[str, ShardedSource], vocab: Vocabulary) -> Plan:
+    """The plan of a run; ValueError for stages that are not inside it and mixtures that cannot give `images`."""
+    data, stages = config.data, []
+    if data.stages:
+        per_token = training_flops(config, vocab)
+        stages = data.stage_starts(config.duration.to_steps(data.tokens_per_step, per_token, None), per_token)
+    return Plan(sources, data.shape, config.seed.data, data.mixture, stages=stages, balance=data.balance)
+
+
+def training_flops(config: TrainConfig, vocab: Vocabulary) -> float:
+    """FLOPs per token of a step, without building the model."""
+    with torch.device("meta"):
+        model = Transformer(config.architecture, vocab.size, vocab.modalities, config.objective.needs_aux_routers)
+    shares = config.data.modality_shares(vocab)
+    return step_flops(
+        config.objective, totals(parts_of(model, config.data.row_length, shares)), aux_flops(model, shares)[1]
+    )
 
 
 def identity_of(
@@ -322,23 +412,21 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -
         )
 
 
-def load_parameters(model: Transformer, run_dir: Path, identity: dict[str, Any], new_aux: bool) -> None:
-    """Copy the newest checkpoint's parameters; only auxiliary routers may be new.
+def load_parameters(model: Transformer, source: Path, identity: dict[str, Any], new_aux: bool) -> int:
+    """Copy the parameters of a run's newest checkpoint, or of a file of `moma export`; only auxiliary routers may be
+    new. Returns the step they are of.
 
     Raises ValueError unless the run has the same model, feed-forward and vocabulary, and, for auxiliary routers, the
     same micro-batch: routing runs over it, so it is part of the model.
     """
-    newest = checkpoint.latest(run_dir / "checkpoints")
-    if newest is None:
-        raise ValueError(f"got init_from={run_dir} without a checkpoint, need a trained run: train it first")
+    tensors, record = open_parameters(source)
     fields = ("vocab_hash", *ARCHITECTURE)
     fields += ("data.rows", "data.row_length", "data.images") if new_aux else ()
-    changed, _ = config_diff(checkpoint.read_meta(newest)["config"], identity, fields)
+    changed, _ = config_diff(record["config"], identity, fields)
     if changed:
         raise ValueError(
-            f"got init_from={run_dir} of another model ({'; '.join(changed)}), need the same: use its overrides"
+            f"got init_from={source} of another model ({'; '.join(changed)}), need the same: use its overrides"
         )
-    tensors = checkpoint.read_tensors(newest, "model")
     own = model.state_dict()
     missing = sorted(n for n in own.keys() - tensors.keys() if not (new_aux and is_aux(n)))
     extra = sorted(tensors.keys() - own.keys())
@@ -346,11 +434,14 @@ def load_parameters(model: Transformer, run_dir: Path, identity: dict[str, Any],
     if missing or extra or shapes:
         first = [*missing, *extra, *shapes][0]
         raise ValueError(
-            f"got init_from={run_dir} whose parameters differ from this model's ({first} and "
+            f"got init_from={source} whose parameters differ from this model's ({first} and "
             f"{len(missing) + len(extra) + len(shapes) - 1} more), need the same model and feed_forward: "
             "use its overrides"
         )
-    model.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        for name, lazy in tensors.items():  # one at a time in memory
+            own[name].copy_(lazy.fetch())
+    return record["step"]
 
 
 def require_held_out(corpus: Path, vocab: Vocabulary, remedy: str = "eval.interval=null") -> None:
@@ -365,7 +456,10 @@ def require_held_out(corpus: Path, vocab: Vocabulary, remedy: str = "eval.interv
 def validation_batches(
     corpus: Path, vocab: Vocabulary, data: DataConfig, limit: int | None, device: torch.device
 ) -> Iterator[Batch]:
-    """Held-out micro-batches of the training shape: one pass over every source of the mixture, in a fixed order."""
+    """Held-out micro-batches of the training shape: one pass over every source of the mixture, in a fixed order.
+
+    The same ones throughout a run, of its first mixture: `stages` and `balance` do not touch them.
+    """
     sources = dict(open_corpus(corpus, "val", vocab.hash))
     shape, mixture = data.shape, {name: weight for name, weight in data.mixture.items() if name in sources}
     plan = Plan(sources, shape, seed=0, mixture=mixture, passes=1)
@@ -399,7 +493,7 @@ class _Run:
     run_dir: Path
     vocab: Vocabulary
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     identity: dict[str, Any]
     device: torch.device
     precision: str
@@ -410,10 +504,20 @@ class _Run:
     noise: bool  # Gumbel-sigmoid, on the routers' logits
     upcycled: dict[str, Any] | None  # what `moma upcycle` wrote about the seed
     ranks: Ranks
-    grad_scale: int  # of the loss where gradients come as means over the processes; their sum is wanted
+    skipped: int  # steps so far
+    causal: float  # FLOPs with the causal half of attention, as a share of those with attention in full
     stop_asked: bool = False
+    recent: dict[int, list[MicroBatch]] = field(default_factory=dict)  # by step, until its loss has been looked at
 
-    def loop(self, step: int, loader: Loader, meter: Meter, log: RunLog | None, flops_per_token: float) -> int:
+    def loop(
+        self,
+        step: int,
+        loader: Loader,
+        meter: Meter,
+        log: RunLog | None,
+        saver: checkpoint.Saver,
+        flops_per_token: float,
+    ) -> int:
         """Steps until `total` or a signal; the step itself is the block between the rulers. `log`: the first rank's."""
         config, stream = self.config, iter(loader)
         objective = OBJECTIVES[config.objective.kind][1]
@@ -427,75 +531,99 @@ class _Run:
         progress = Progress(config.objective.kind, self.total, step) if log is not None else None
         data_state = loader.state or {}
         window = {name: torch.tensor(tally, device=self.device) for name, tally in self.window.items()}
+        trace = Trace(config.profile, self.run_dir / "profile", self.ranks.rank)
+        late, patience, stop = Late(), 1 if self.device.type == "cuda" else 0, False
         with self._signals():
-            while step < self.total:
+            while step < self.total and not stop:
                 logs = (step + 1) % config.log.interval == 0 or step + 1 == self.total
+                saves = (step + 1) % save_every == 0 or step + 1 == self.total
+                trace.before(step)
                 # ---- one step ---------------------------------------------------------------------------------
                 with meter.time("data_wait"):
-                    planned, denominator, data_state = next(stream)
-                    batches = [batch.to(self.device) for batch in planned]
+                    own, denominator, data_state, self.recent[step + 1] = next(stream)
+                    batches = [batch.to(self.device) for batch in own]
                 with meter.time("train"):
                     observed: dict[str, State] = {}
+                    counted: Tallies = {}
+                    # whether a process is asked to stop, and whether each micro-batch's loss is not finite
+                    told = torch.zeros(1 + config.data.accumulation, device=self.device)
                     for batch in batches:
+                        send_gradients(self.model, batch is batches[-1])
                         with autocast(self.precision, self.device):
                             loss, tallies, seen = objective(
                                 config.objective, self.model, batch, denominator, self.vocab, logs, self._drawn(batch)
                             )
-                        (loss * self.grad_scale).backward()
-                        _add(window, tallies)
+                        (loss * self.ranks.world).backward()
+                        told[1 + batch.number % config.data.accumulation] = ~loss.detach().isfinite()
+                        _add(counted, tallies)
                         _add_observed(observed, seen, config.data.accumulation)
-                    if self.grad_scale == 1:
-                        sum_([p.grad for _, p in trained if p.grad is not None])
+                    if self.stop_asked:
+                        told[:1].fill_(1)
+                    copies = [p.grad for _, p in trained if p.grad is not None and not isinstance(p, DTensor)]
+                    average_([told, *copies], REDUCE_DTYPES[config.parallel.reduce_dtype])
                     if logs:
-                        window |= self._router_gradients()
+                        counted |= self._router_gradients()
+                        by_part = norms_by_part(trained, self.ranks.world, config.parallel.replicas)
+                        sum_(by_part.values())
+                        counted |= {f"grad_norm/{part}": _one(square.sqrt()) for part, square in by_part.items()}
                     grad_norm = clip_(parameters, config.optim.clip_norm)
+                    finite = grad_norm.isfinite()
                     if aux_parameters:  # their gradients never change how the model's are clipped
-                        clip_(aux_parameters, config.optim.clip_norm)
+                        finite &= clip_(aux_parameters, config.optim.clip_norm).isfinite()
+                    if logs:
+                        counted["grad_norm"] = _one(grad_norm)
+                    late.send(step + 1, torch.cat([told, ~finite[None]]))
+                    skip = told[1:].any() | ~finite
                     lr = learning_rate(step, self.total, config.optim, *units)
                     set_learning_rate(self.optimizer, lr)
-                    self.optimizer.step()
+                    step_(self.optimizer, skip)
                     self.optimizer.zero_grad(set_to_none=True)
                     sum_([values for state in observed.values() for values in state.values()])
-                    self.model.update_routing(observed)
+                    self.model.update_routing(observed, skip)
+                    _add(window, {name: torch.where(skip, 0, tally) for name, tally in counted.items()})
+                    stop = self._heed(late, 0 if logs or saves else patience)
                 step += 1
                 meter.add(units[0], units[0] * flops_per_token)
                 # -------------------------------------------------------------------------------------------------
                 values: dict[str, float] = {}
                 if logs:
                     sum_(window[name] for name in sorted(window))  # ranks may have met the names in another order
-                    values = _means(window) | {"grad_norm": grad_norm.item(), "lr": lr} | meter.rates()
-                    values |= _source_metrics(data_state, loader.plan)
+                    values = _means(window) | {"lr": lr} | meter.rates()  # here the host waits for the device
+                    values |= {"micro_batches": step * config.data.accumulation, "skipped_steps": self.skipped}
+                    values |= {"memory_gib": _memory_gib(self.device)} | _source_metrics(data_state, loader.plan)
+                    if saver.bytes:
+                        values |= {"checkpoint_pause_s": saver.pause_s, "checkpoint_write_s": saver.write_s}
+                    if "mfu_full" in values:
+                        values["mfu_causal"] = values["mfu_full"] * self.causal
                     if step == self.total:
                         values |= meter.seconds()
-                    self._refuse_non_finite(values, step, batches)
                     window = {}
+                validated: dict[str, float] = {}
                 if eval_every and (step % eval_every == 0 or step == self.total):
                     with meter.time("eval"):
-                        values |= self._validate()
-                if values and log is not None and progress is not None:
-                    log.metrics(step, values)
-                    progress.update(step, _summary(values))
-                stop = self.stop_asked  # read once: a signal after this line is seen in the next round
-                if self.ranks.world > 1:  # agreed on where the host waits for the device anyway
-                    stop = logs and on_any_rank(stop, self.device)
-                if step % save_every == 0 or step == self.total or stop:
-                    if window:
-                        sum_(window[name] for name in sorted(window))
-                        unlogged = _means(window) | {"grad_norm": grad_norm.item()}
-                        self._refuse_non_finite(unlogged, step, batches)
+                        validated = self._validate()
+                if (values or validated) and log is not None and progress is not None:
+                    log.metrics(step, values | validated)
+                    progress.update(step, _summary(values | validated))
+                if saves or stop:
+                    stop |= self._heed(late, 0)
+                    sum_(window[name] for name in sorted(window))
                     with meter.time("checkpoint"):
-                        self.window = {name: tally.tolist() for name, tally in window.items()}
-                        self._save(step, data_state, meter, log)
+                        numbers = torch.stack(list(window.values())).tolist() if window else []
+                        self.window = dict(zip(window, numbers, strict=True))
+                        self._save(step, data_state, meter, log, saver, validated.get("val_loss"))
                     if self.ranks.rank:  # the first rank keeps the sum
                         window = {name: torch.zeros_like(tally) for name, tally in window.items()}
-                if stop:
-                    break
+        trace.close(step)
+        saver.wait()
         if progress is None:
             return 0
         progress.close()
         if data_state:
             shares = ((n, v) for n, v in _source_metrics(data_state, loader.plan).items() if n.endswith("share"))
             print("realised shares of tokens: " + ", ".join(f"{n.split('/')[1]} {v:.1%}" for n, v in shares))
+            for number, stage in enumerate(loader.plan.shares(data_state) if config.data.stages else []):
+                print(f"  in stage {number}: " + ", ".join(f"{n} {v:.1%}" for n, v in stage.items()))
         if step < self.total:
             print(f"stopped after step {step} of {self.total}: run the same command to go on")
         return 0
@@ -512,15 +640,19 @@ class _Run:
         config = self.config
         if not config.objective.trains_model:
             return {}
-        batches = validation_batches(config.data.corpus, self.vocab, config.data, config.eval.batches, self.device)
-        with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
-            metrics = perplexity(self.model, batches, self.vocab, "train")
+        found: dict[str, float] = {}
+        modes: list[tuple[Mode, str]] = [("train", "val_"), ("threshold", "val_threshold_")]
+        for mode, prefix in modes if self.model.needs_future else modes[:1]:
+            batches = validation_batches(config.data.corpus, self.vocab, config.data, config.eval.batches, self.device)
+            with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
+                metrics = perplexity(self.model, batches, self.vocab, mode)
+            found |= {f"{prefix}{name}": value for name, value in metrics.items() if name.startswith("loss")}
         grown = {
             f"router/{router}/similarity_{group}": value
             for router, groups in specialisation(self.model).items()
             for group, value in groups.items()
         }
-        return {f"val_{name}": value for name, value in metrics.items() if name.startswith("loss")} | grown
+        return found | grown
 
     def _router_gradients(self) -> Tallies:
         """L2 norm of every main router's gradient before clipping, as tallies: under post-norm it nearly vanishes for
@@ -529,11 +661,52 @@ class _Run:
         for name, module in self.model.routers().items():
             router = module.depth_router if isinstance(module, DepthBlock) else module.router
             if router is not None and router.grad is not None:
-                norm = whole(router.grad.norm())
-                found[f"router/{name}/grad_norm"] = torch.stack([norm, torch.ones_like(norm)])
+                found[f"router/{name}/grad_norm"] = _one(router.grad.norm())
         return found
 
-    def _save(self, step: int, data_state: Any, meter: Meter, log: RunLog | None) -> None:
+    def _heed(self, late: Late, behind: int) -> bool:
+        """Take note of what the steps told, but for the last `behind`; whether a process was asked to stop."""
+        stop = False
+        for step, (asked, *bad, gradient) in late.read(behind):
+            stop |= asked > 0
+            planned = self.recent.pop(step)
+            if any(bad) or gradient:
+                named = [micro_batch for micro_batch, flag in zip(planned, bad, strict=True) if flag]
+                self._note_skipped(step, "loss" if named else "gradient", named or planned)
+        return stop
+
+    def _note_skipped(self, step: int, what: str, planned: list[MicroBatch]) -> None:
+        """Count a step that was left out because of these micro-batches and name their documents; raises ValueError
+        when there were too many."""
+        self.skipped += 1
+        numbers = [micro_batch.number for micro_batch in planned]
+        if self.ranks.rank == 0:
+            found = [{"number": one.number, "documents": documents_of(one)} for one in planned]
+            with open(self.run_dir / SKIPPED, "a") as file:
+                file.write(json.dumps({"step": step, "what": what, "micro_batches": found}) + "\n")
+        if self.skipped > self.config.max_skipped:
+            raise ValueError(
+                f"got a loss or gradient that is not finite in {self.skipped} steps, the last of them step {step} (its "
+                f"{what}, micro-batches {numbers}), need at most max_skipped={self.config.max_skipped}: the documents "
+                f"are named in {self.run_dir / SKIPPED}, the last checkpoint in {self.run_dir} is good; mend them, or "
+                "lower optim.lr"
+            )
+        if self.ranks.rank == 0:
+            print(
+                f"skipped step {step}: its {what} is not finite; the documents of its micro-batches {numbers} are "
+                f"named in {self.run_dir / SKIPPED}",
+                file=sys.stderr,
+            )
+
+    def _save(
+        self,
+        step: int,
+        data_state: Any,
+        meter: Meter,
+        log: RunLog | None,
+        saver: checkpoint.Saver,
+        val_loss: float | None,
+    ) -> None:
         meta = {
             **provenance(self.identity, self.git),
             "data": data_state,
@@ -544,21 +717,14 @@ class _Run:
             "total_steps": self.total,
             "init_step": self.init_step,  # of the run that init_from names
             "upcycled": self.upcycled,
+            "skipped": self.skipped,
+            "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,  # of this very step
         }
         state = {
             "model": checkpoint.model_state(self.model),
             "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
         }
-        checkpoint.save(self.run_dir / "checkpoints", step, state, meta, self.config.checkpoint.keep_last)
-
-    def _refuse_non_finite(self, values: dict[str, float], step: int, batches: list[Batch]) -> None:
-        bad = [n for n, v in values.items() if (n.startswith("loss") or n in ("aux_loss", "grad_norm")) and v - v != 0]
-        if bad:
-            numbers = [batch.number for batch in batches]
-            raise ValueError(
-                f"got {', '.join(bad)} not finite at or before step {step} (last micro-batches {numbers}), need finite "
-                f"numbers: the last checkpoint in {self.run_dir} is good; lower optim.lr"
-            )
+        saver.save(step, state, meta)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -575,25 +741,77 @@ class _Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def print_plan(self, flops: dict[str, float], per_token: float, sources: dict[str, Any], step: int) -> None:
-        """What is about to happen, in a few lines."""
-        data, per_step = self.config.data, self.config.data.tokens_per_step
+    def print_plan(
+        self,
+        model: Transformer,
+        flops: dict[str, float],
+        per_token: float,
+        sources: dict[str, Any],
+        meta: dict[str, Any],
+    ) -> None:
+        """What is about to happen, in a few lines; `model`: on the meta device."""
+        config, step = self.config, meta.get("step", 0)
+        data, per_step = config.data, config.data.tokens_per_step
         image = data.modality_shares(self.vocab)[1]
         corpus = sum(int(s.document_tokens.sum()) for s in sources.values())
         begin = f"resume at step {step}" if step else "start"
+        each = "each" if data.balance else "on average, not balanced"
         print(
             f"{self.run_dir}: {begin}, {self.total} steps of {per_step} tokens "
-            f"({data.accumulation} x {data.rows} rows x {data.row_length}, {data.images} images each, "
+            f"({data.accumulation} x {data.rows} rows x {data.row_length}, {data.images} images {each}, "
             f"{image:.0%} image tokens), corpus {corpus / 1e6:.2f} M tokens\n"
             f"  {flops['params_total'] / 1e6:.2f} M parameters, {flops['params_active'] / 1e6:.2f} M active, "
             f"{per_token / 1e6:.1f} MFLOP per token, {self.precision} on {self.device}, "
             f"{torch.get_num_threads()} threads"
         )
+        parts = self.ranks.world // config.parallel.replicas if config.parallel.shard else 1
+        shape = (data.rows, data.row_length, data.images)
+        memory = step_memory(model, self.vocab, *shape, self.precision, config.parallel.recompute, parts)
+        copies = (
+            f"{self.ranks.world} processes, {f'in {parts} parts' if parts > 1 else 'each a copy'}, "
+            if self.ranks.world > 1
+            else ""
+        )
+        print(
+            f"  {copies}about {memory['peak'] / 2**30:.2f} GiB each (eager): parameters, gradients and AdamW "
+            f"{(memory['parameters'] + memory['gradients'] + memory['optimizer']) / 2**30:.2f}, activations "
+            f"{memory['activations'] / 2**30:.2f}"
+        )
+        left, rate = (self.total - step) * per_step * per_token, _pace(meta.get("meter"))
+        peak = peak_flops(config.parallel, self.device, self.ranks.world)
+        if rate:
+            print(f"  {clock(left / rate)} left at the pace so far")
+        elif peak:
+            print(f"  {clock(left / peak / 0.4)} at 40 % of the peak of the devices")
+
+
+def _pace(meter: dict[str, Any] | None) -> float | None:
+    """FLOP/s of a run so far, all its work counted."""
+    return meter["flops"] / sum(meter["seconds"].values()) if meter and sum(meter["seconds"].values()) else None
 
 
 def _add(window: Tallies, tallies: Tallies) -> None:
     for name, tally in tallies.items():
         window[name] = window[name] + tally.detach() if name in window else tally.detach()
+
+
+def _one(value: Tensor) -> Tensor:
+    """A tally that counted one value."""
+    return torch.stack([value, torch.ones_like(value)])
+
+
+def _forget_skipped(path: Path, step: int) -> None:
+    """Leave out what was skipped after `step`: these steps are run again."""
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU by tensors, else of the host by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _add_observed(total: dict[str, State], seen: dict[str, State], parts: int) -> None:

@@ -33,14 +33,12 @@ from moma import checkpoint
 from moma.config import Composed, build, plain
 from moma.config import diff as config_diff
 from moma.data.batch import Batch
-from moma.data.plan import Plan
 from moma.data.shards import open_corpus, write_json
 from moma.distributed import choose_device
 from moma.meter import Meter
 from moma.modality import Vocabulary
 from moma.model.attention import SharedAttentionConfig, UntiedAttentionConfig, document_mask
 from moma.model.feed_forward import DenseConfig, FeedForwardConfig
-from moma.model.flops import aux_flops, parts_of, totals
 from moma.model.loss import linear_cross_entropy
 from moma.model.routing import SELECTIONS
 from moma.model.transformer import ARCHITECTURE, Architecture, Transformer, build_model
@@ -55,7 +53,8 @@ from moma.train import (
     identity_of,
     provenance,
     require_held_out,
-    step_flops,
+    training_flops,
+    training_plan,
     validation_batches,
 )
 
@@ -128,12 +127,7 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
         torch.set_num_threads(config.parallel.threads)
     device = choose_device(config.parallel.device)
     vocab = load_vocabulary(asset_folder(config.tokenizer))
-    plan = Plan(
-        dict(open_corpus(config.data.corpus, "train", vocab.hash)),
-        config.data.shape,
-        config.seed.data,
-        config.data.mixture,
-    )
+    plan = training_plan(config, dict(open_corpus(config.data.corpus, "train", vocab.hash)), vocab)
     newest, meta = _seed(config.seed_run)
     precision = meta["precision"] if config.precision == "auto" else config.precision
     identity = identity_of(target_settings(config, run_dir), precision, vocab, plan, config.data.corpus)
@@ -153,7 +147,7 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
     check_pair(seed_config, config.architecture, vocab.modalities)
     if config.report_batches:
         require_held_out(config.data.corpus, vocab, "report_batches=0")
-    units = (config.data.tokens_per_step, _flops_per_token(config, vocab))
+    units = (config.data.tokens_per_step, training_flops(config, vocab))
     total = config.duration.to_steps(*units, None)
     learning_rate(0, total, config.optim, *units)  # refuses bad schedules before work
     before = meta.get("upcycled") or {"seed_tokens": 0, "seed_flops": 0.0}
@@ -218,15 +212,6 @@ def _seed(run_dir: Path) -> tuple[Path, dict[str, Any]]:
             f"seed_run={meta['config']['init_from']}"
         )
     return newest, meta
-
-
-def _flops_per_token(config: TrainConfig, vocab: Vocabulary) -> float:
-    with torch.device("meta"):
-        model = Transformer(config.architecture, vocab.size, vocab.modalities, config.objective.needs_aux_routers)
-    shares = config.data.modality_shares(vocab)
-    return step_flops(
-        config.objective, totals(parts_of(model, config.data.row_length, shares)), aux_flops(model, shares)[1]
-    )
 
 
 # ---- which pairs have a copy ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from moma.data.plan import Plan
 from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
 from moma.distributed import autocast
+from moma.memory import block_activations
 from moma.model.transformer import build_model
 from moma.objectives import NextTokenConfig, next_token
 from moma.optim import OptimConfig, build_optimizer
@@ -144,7 +145,10 @@ def test_the_table_prints_what_static_shapes_hold_beyond_the_need(made, capsys):
 def test_memory_sums_the_blocks_of_every_kind(made):
     def per_block(*overrides):
         wanted = config(made, "data.images=32", *overrides)
-        return describe.block_activations(wanted, made[2])
+        data = wanted.data
+        return block_activations(
+            wanted.architecture, False, made[2], data.rows, data.row_length, data.images, wanted.precision
+        )
 
     full, mod = per_block("feed_forward=dense"), per_block("feed_forward=dense", "depth=mod")
     assert len(full) == 4 and len(set(full)) == 1

@@ -16,7 +16,7 @@ FILES = {
 }
 SERVICES = {
     *("distributed", "optim", "checkpoint", "log", "meter"),
-    *("generation", "evaluation", "objectives", "hf_chameleon", "meta_chameleon"),
+    *("generation", "evaluation", "objectives", "hf_chameleon", "meta_chameleon", "memory", "trace"),
 }
 PARTS = {"model", "data", "tokenizer", "vqgan"}
 
@@ -24,7 +24,7 @@ PARTS = {"model", "data", "tokenizer", "vqgan"}
 DOORS = {
     "hydra": {"moma.config", "moma.cli"},
     "omegaconf": {"moma.config", "moma.cli"},
-    "wandb": {"moma.log"},
+    "wandb": {"moma.log", "moma.analysis.wandb_runs"},
     "tiktoken": {"moma.tokenizer.text"},
     "transformers": {"moma.hf_chameleon"},
     "safetensors": {"moma.hf_chameleon", "moma.vqgan"},

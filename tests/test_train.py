@@ -14,6 +14,7 @@ from moma import checkpoint
 from moma.config import compose
 from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
+from moma.log import MEASURED
 from moma.objectives import is_aux
 from moma.train import DataConfig, main, validation_batches
 
@@ -44,8 +45,7 @@ def parameters(run_dir):
 
 def lines(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("tokens_per_second", "data_wait_s")
-    return [{k: v for k, v in row.items() if k not in timing and not k.startswith("time/")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,38 @@ def test_validation_follows_the_mixture(made):
     assert sum(int((b.document_RL >= 0).sum()) for b in batches) == pairs
 
 
+@pytest.mark.parametrize("feed_forward", ["dense", "moe_4t4i"])
+def test_without_balance_a_run_trains_and_is_evaluated_as_the_balanced_one(made, tmp_path, capsys, feed_forward):
+    own = (f"feed_forward={feed_forward}", "duration={steps:6}", "eval.interval={steps:6}", "eval.batches=2")
+    own += ("data.balance=false", "checkpoint.interval={steps:3}", "parallel.compile=off")
+    assert main(command(made, tmp_path / "run", *own)) == 0
+    assert "3 images on average, not balanced" in capsys.readouterr().out
+    straight = parameters(tmp_path / "run")
+    shutil.rmtree(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
+    assert main(command(made, tmp_path / "run", *own)) == 0  # from step 3 on
+    assert all(torch.equal(straight[name], tensor) for name, tensor in parameters(tmp_path / "run").items())
+    values = lines(tmp_path / "run")[-1]
+    assert values["step"] == 6 and 0 < values["loss"] < 10 and 0 < values["val_loss"] < 10
+    with pytest.raises(ValueError, match=r"data.balance: False -> True; plan: "):
+        main(command(made, tmp_path / "run", *own, "data.balance=true"))
+
+
+def test_stages_change_the_mixture_and_must_lie_inside_the_run(made, tmp_path, capsys):
+    own = ("feed_forward=dense", "duration={steps:8}", "data.accumulation=2")
+    stage = "data.stages=[{at: {percent: 50}, mixture: {pair: 0, text: 1}}]"
+    with pytest.raises(ValueError, match=r"data.stages\[0\]: got images=3 per micro-batch, need a source with images"):
+        main(command(made, tmp_path / "run", *own, stage))
+    for at in ("{steps: 0}", "{steps: 8}", "{percent: 100}"):
+        with pytest.raises(ValueError, match=r"got data.stages that begin after steps \[\d\] of 8, need rising steps"):
+            main(command(made, tmp_path / "run", *own, f"data.stages=[{{at: {at}, mixture: {{}}}}]"))
+    stage = "data.stages=[{at: {tokens: 1024}, mixture: {pair: 1, text: 2}}]"
+    assert main(command(made, tmp_path / "run", *own, stage)) == 0
+    told = capsys.readouterr().out
+    assert "in stage 0: pair" in told and "in stage 1: pair" in told
+    begun = checkpoint.read_meta(checkpoint.latest(tmp_path / "run" / "checkpoints"))["data"]["begun"]
+    assert [sum(tokens) for tokens in begun] == [1024]
+
+
 def test_two_runs_in_one_folder_are_refused(made, tmp_path):
     with checkpoint.alone(tmp_path / "run"), pytest.raises(ValueError, match="got a second process in .*run, need one"):
         main(command(made, tmp_path / "run"))
@@ -266,7 +298,7 @@ def test_two_runs_in_one_folder_are_refused(made, tmp_path):
         ("data.accumulation=0", "got accumulation=0, need at least 1 micro-batch per step"),
         ("data.rows=0", "got rows=0"),
         ("eval.batches=0", "got batches=0, need at least 1: interval=null turns evaluation off"),
-        ("checkpoint.keep_last=-1", "got keep_last=-1, need at least 1, or 0 to keep all"),
+        ("checkpoint.keep_last=-1", "got keep_last=-1, need 0 .keep all. or more"),
         ("parallel.threads=0", "got threads=0, need at least 1, or null"),
         ("model.n_heads=0", "need at least 1 of each"),
         ("model.n_layers=0", "need at least 1 of each"),
@@ -278,6 +310,7 @@ def test_sizes_are_checked_when_the_configuration_is_built(made, tmp_path, overr
         command(made, tmp_path / "run", override)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(made, tmp_path):
-    with pytest.raises(ValueError, match=r"not finite at or before step \d+ .* lower optim.lr"):
-        main(command(made, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=1e30", "feed_forward=dense"))
+def test_a_run_of_losses_that_are_not_finite_ends(made, tmp_path):
+    wild = ("optim.lr=1e30", "optim.clip_norm=1e30", "feed_forward=dense", "max_skipped=2")
+    with pytest.raises(ValueError, match=r"not finite in 3 steps, .*, need at most max_skipped=2: .* lower optim.lr"):
+        main(command(made, tmp_path / "run", *wild))

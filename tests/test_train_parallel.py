@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,35 @@ from moma import checkpoint, train
 from moma.config import compose
 from moma.data.synthetic import write_synthetic
 from moma.distributed import Ranks
+from moma.log import MEASURED
+from moma.model.precision import wants_full_precision
 
-FAMILIES = {
+KINDS = {  # every feed-forward, depth and attention
     "dense": ["feed_forward=dense"],
-    "4t4i": ["feed_forward=moe_4t4i", "objective.aux_weight=1.0", "eval.interval={steps:4}", "eval.batches=2"],
-    "threshold": ["feed_forward=moe_4t4i_threshold", "feed_forward.selection.warmup_steps=2"],
+    "1t1i": ["feed_forward=moe_1t1i"],
+    "8x": ["feed_forward=moe_8x"],
+    "4t4i": ["feed_forward=moe_4t4i", "objective.aux_weight=1.0"],
+    "shared": ["feed_forward=moe_4t4i_shared"],
+    "threshold": ["feed_forward=moe_4t4i_threshold", "feed_forward.selection.warmup_steps=1"],
     "token_choice": ["feed_forward=moe_4t4i_token_choice"],
+    "llava": ["feed_forward=moe_llava_released"],
+    "mod": ["feed_forward=moe_4t4i", "depth=mod"],
+    "mod_quota": ["feed_forward=dense", "depth=mod_quota"],
+    "untied": ["feed_forward=moe_4t4i", "attention=untied"],
+}
+SHARD = ["parallel.shard=true"]
+# (kind, recompute, compile, layout, precision): every pair of two settings of one place and another's occurs
+PAIRS = [
+    ("dense", "full", "off", "shard", "fp32"),
+    ("dense", "selective", "on", "replicas", "bf16"),
+    ("4t4i", "full", "off", "replicas", "bf16"),
+    ("4t4i", "selective", "on", "shard", "fp32"),
+    ("mod", "full", "on", "shard", "bf16"),
+    ("mod", "selective", "off", "replicas", "fp32"),
+]
+LAYOUTS = {"copies": [], "shard": SHARD, "replicas": [*SHARD, "parallel.replicas=2"]}
+RUNS = {
+    "4t4i": [*KINDS["4t4i"], "eval.interval={steps:4}", "eval.batches=2"],
     "depth": ["feed_forward=moe_1t1i", "depth=mod"],
 }
 
@@ -36,58 +61,120 @@ def arguments(made, run_dir, *overrides):
     ]  # fmt: skip
 
 
-def on_two(folder, commands):
-    """Run trainings one after the other in one process group of two."""
-    script = folder / "both.py"
-    script.write_text(
-        "import json, sys\n"
-        "from moma import distributed, train\n"
-        "distributed.BUCKET = 5000\n"  # several reductions a step, as large models have
-        "from moma.config import compose\n"
-        "from moma.distributed import process_group\n"
-        "with process_group('cpu') as ranks:\n"
-        "    assert ranks.world == 2\n"
-        "    for command in json.load(open(sys.argv[1])):\n"
-        "        assert train.main(compose('train', command)) == 0\n"
-    )
-    (folder / "commands.json").write_text(json.dumps(commands))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, str(script), str(folder / "commands.json")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+def on_two(folder, runs=(), cases=(), inductor=False):
+    """Run trainings and compare steps in one process group of two; what was found in the comparisons."""
+    (folder / "tasks.json").write_text(json.dumps({"runs": runs, "cases": cases, "inductor": inductor}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [
+        *launcher,
+        str(Path(__file__).with_name("two_ranks.py")),
+        str(folder / "tasks.json"),
+        str(folder / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600 if inductor else 600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out").read_text())
+
+
+def case(made, kind, recompute="none", compiled="off", layout="shard", precision="fp32"):
+    overrides = [*KINDS[kind], *LAYOUTS[layout], f"parallel.recompute={recompute}", f"parallel.compile={compiled}"]
+    overrides += [f"precision={precision}", "optim.warmup.steps=0", "duration={steps:2}"]
+    name = "-".join([kind, recompute, compiled, layout, precision])
+    return {"name": name, "overrides": arguments(made, "unused", *overrides)}
 
 
 def rows(run_dir):
-    timed = ("tokens_per_second", "data_wait_s", "time/")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in lines]
+    return [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in lines]
 
 
 @pytest.fixture(scope="module")
-def runs(made, tmp_path_factory):
-    """Every family on one process and on two, six steps; and four steps on two that one process continues to six."""
+def together(made, tmp_path_factory):
+    """Six steps of each of RUNS on one process and on two; four steps on two that one process continues to six; and
+    the comparisons of single steps."""
     folder = tmp_path_factory.mktemp("runs")
     six, four = "duration={steps:6}", "duration={steps:4}"
-    together = [
-        arguments(made, folder / f"{name}-{kind}", six, *own, *more)
-        for name, own in FAMILIES.items()
-        for kind, more in (("two", ()), ("sharded", ("parallel.shard=true",)))
+    runs = [
+        arguments(made, folder / f"{name}-{kind}", six, *own, *LAYOUTS[kind])
+        for name, own in RUNS.items()
+        for kind in ("copies", "shard")
     ]
-    together += [
-        arguments(
-            made, folder / f"4t4i-{kind}", four, *FAMILIES["4t4i"], "optim.schedule=constant", f"parallel.shard={shard}"
-        )
-        for kind, shard in (("elastic", "false"), ("elastic-sharded", "true"))
+    constant = (*RUNS["4t4i"], "optim.schedule=constant")
+    runs += [
+        arguments(made, folder / f"4t4i-elastic-{kind}", four, *constant, *LAYOUTS[kind])
+        for kind in ("copies", "shard")
     ]
-    done = on_two(folder, together)
-    assert done.returncode == 0, done.stderr
+    cases = [case(made, kind) for kind in KINDS] + [case(made, *pair) for pair in PAIRS]
+    found = on_two(folder, runs, cases)
     threads = torch.get_num_threads()
-    for name, own in FAMILIES.items():
+    for name, own in RUNS.items():
         assert train.main(compose("train", arguments(made, folder / f"{name}-one", six, *own))) == 0
-    own = (*FAMILIES["4t4i"], "optim.schedule=constant")
-    for run in ("elastic", "elastic-sharded", "straight"):
-        assert train.main(compose("train", arguments(made, folder / f"4t4i-{run}", six, *own))) == 0
+    for run in ("elastic-copies", "elastic-shard", "straight"):
+        assert train.main(compose("train", arguments(made, folder / f"4t4i-{run}", six, *constant))) == 0
     torch.set_num_threads(threads)
-    return folder
+    return folder, found
+
+
+@pytest.fixture
+def runs(together):
+    return together[0]
+
+
+def check(found, precision):
+    """Losses, gradients and statistics of two processes are those of one; nothing is counted twice."""
+    assert max(found["loss"]) < 1e-6
+    assert found["first"] < 1e-5
+    # after a step of AdamW, which turns the last bits of a small gradient into a direction
+    assert found["second"] < (1e-4 if precision == "fp32" else 1e-2)
+    assert found["routing"] < 1e-5
+    assert found["counts"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_two_processes_is_a_step_on_one(together, kind):
+    found = together[1][f"{kind}-none-off-shard-fp32"]
+    check(found, "fp32")
+    for name, (own, all_) in found["held"].items():
+        assert own == (all_ if wants_full_precision(name) else all_ / 2), name
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_recomputed_compiled_and_shared_out_steps_are_the_same(together, pair):
+    found = together[1]["-".join(pair)]
+    check(found, pair[-1])
+    if found["dtypes"]["router"]:  # an eager model with routers
+        low = pair[3] != "copies" and pair[-1] == "bf16"
+        assert found["dtypes"] == {
+            "router": ["torch.float32"],
+            "experts": ["torch.bfloat16" if low else "torch.float32"],
+        }
+
+
+def test_the_pairs_cover_every_two_settings():
+    columns = list(zip(*PAIRS, strict=True))
+    for a, one in enumerate(columns):
+        for b, two in list(enumerate(columns))[a + 1 :]:
+            assert {(x, y) for x in set(one) for y in set(two)} == set(zip(one, two, strict=True)), (a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_full_product(made, tmp_path, kind):
+    """Every kind with every setting."""
+    settings = list(product(("none", "selective", "full"), ("off", "on"), LAYOUTS, ("fp32", "bf16")))
+    found = on_two(tmp_path, (), [case(made, kind, *one) for one in settings])
+    assert len(found) == 36
+    for one in settings:
+        check(found["-".join((kind, *one))], one[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "4t4i"])
+def test_compiled_kernels_shared_out(made, tmp_path, kind):
+    settings = list(product(("none", "selective", "full"), ("on",), ("shard",), ("fp32", "bf16")))
+    found = on_two(tmp_path, (), [case(made, kind, *one) for one in settings], inductor=True)
+    for one in settings:
+        check(found["-".join((kind, *one))], one[-1])
 
 
 def same(one, two):
@@ -102,8 +189,8 @@ def same(one, two):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["two", "sharded"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["copies", "shard"])
+@pytest.mark.parametrize("name", RUNS)
 def test_two_processes_log_what_one_does(runs, name, kind):
     one, two = rows(runs / f"{name}-one"), rows(runs / f"{name}-{kind}")
     assert len(one) == 3
@@ -115,19 +202,19 @@ def test_two_processes_log_what_one_does(runs, name, kind):
         torch.testing.assert_close(tensors[0][key], tensors[1][key], rtol=1e-3, atol=2e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_process_holds_a_half_of_what_is_shared_out(runs, name):
+@pytest.mark.parametrize("name", RUNS)
+def test_checkpoints_hold_matrices_in_as_many_pieces_as_processes(runs, name):
     """Parameters and both moments of AdamW lie in the checkpoint as the processes held them."""
-    for kind, pieces in (("two", 1), ("sharded", 2)):
+    for kind, pieces in (("copies", 1), ("shard", 2)):
         stored = checkpoint._stored(checkpoint.latest(runs / f"{name}-{kind}" / "checkpoints"))
         entries = {key: entry for key, entry in stored.items() if "routing_" not in key and not key.endswith("step")}
         assert len(entries) > 20
         for key, entry in entries.items():
             sizes = [torch.Size(chunk.sizes).numel() for chunk in entry.chunks]
-            assert len(sizes) == pieces and len(set(sizes)) == 1, (key, sizes)
+            assert len(sizes) == (1 if wants_full_precision(key) else pieces) and len(set(sizes)) == 1, (key, sizes)
 
 
-@pytest.mark.parametrize("kind", ["elastic", "elastic-sharded"])
+@pytest.mark.parametrize("kind", ["elastic-copies", "elastic-shard"])
 def test_another_number_of_processes_continues_a_run(runs, kind):
     straight, elastic = rows(runs / "4t4i-straight"), rows(runs / f"4t4i-{kind}")
     same(straight, elastic)

@@ -28,7 +28,10 @@ def unfair(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _stale(run: Run) -> Iterable[str]:
-    """What was made from another checkpoint than the newest; a step that an older version left out says nothing."""
+    """What is unfinished, or was made from another checkpoint than the newest; a step that is not recorded says
+    nothing."""
+    if run.unfinished:
+        yield f"{run.name} (seed {run.seed[1]}) is no finished run: {run.unfinished}."
     one = run.evaluated
     at, newest = (one.eval or {}).get("step"), one.meta.get("step")
     if None not in (at, newest) and at != newest:

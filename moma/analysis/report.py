@@ -25,16 +25,16 @@ import PIL
 from PIL import Image
 
 from moma import __version__
-from moma.analysis import figures, routing_maps
+from moma.analysis import figures, markup, routing_maps
 from moma.analysis.fairness import unfair
 from moma.analysis.generations import Generations
+from moma.analysis.markup import Html
 from moma.analysis.runs import Run, with_routers
 from moma.analysis.speedup import (
     HELD_OUT,
     LOSSES,
     SEEDS_FOR_A_CLAIM,
     SMOOTHING,
-    Interval,
     Row,
     Speedup,
     causal_losses,
@@ -44,7 +44,7 @@ from moma.analysis.speedup import (
     variants,
 )
 
-MOST_BYTES = 5_000_000
+MOST_BYTES = markup.MOST_BYTES
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHARACTERS = 24, 4, 280
 TOP_TOKENS = 6
 _MODES = {
@@ -58,10 +58,6 @@ _KINDS_OF_PICTURES = {
     "training": "training pictures",
     "unigram": "codes drawn per position",
 }
-
-
-class Html(str):
-    """Text that is markup already; everything else is escaped."""
 
 
 def write_report(
@@ -85,9 +81,9 @@ def write_report(
         for part in (
             _header(runs),
             _verdict(runs, rows),
-            _figure(drawn, "differences", "Held-out loss against dense", DIFFERENCES_CAPTION) if rows else "",
+            markup.captioned(drawn, "differences", "Held-out loss against dense", DIFFERENCES_CAPTION) if rows else "",
             _eta(runs, etas),
-            _figure(drawn, "loss", "Loss over training FLOPs", _loss_caption(runs)),
+            markup.captioned(drawn, "loss", "Loss over training FLOPs", _loss_caption(runs)),
             _losses(runs),
             _gaps(runs),
             _pictures(runs, generations, drawn),
@@ -99,12 +95,7 @@ def write_report(
         )
         if part
     )
-    page = _PAGE.format(title=html.escape(_title(runs)), style=_STYLE, body=body)
-    if len(page.encode()) > MOST_BYTES:
-        raise ValueError(
-            f"got a page of {len(page.encode()) / 1e6:.1f} MB, need at most {MOST_BYTES / 1e6:.0f} MB: "
-            "name fewer runs or generations"
-        )
+    page = markup.whole(_title(runs), body, "name fewer runs or generations", MOST_BYTES)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(_summary(runs, rows, etas), indent=1) + "\n")
     path = out / "report.html"
@@ -200,14 +191,14 @@ def _header(runs: Sequence[Run]) -> str:
         f"corpus {Path(str(data.get('corpus', '?'))).name}",
         f"{run.meta.get('meter', {}).get('tokens', 0) / 1e6:.2f} M training tokens",
         f"up to {max(float(r.metrics['flops'][-1]) for r in runs) / size:.1f} training {unit} per model",
-        _count(len({r.seed for r in runs}), "seed"),
+        markup.count(len({r.seed for r in runs}), "seed"),
     ]
     return f"<header><h1>{html.escape(_title(runs))}</h1><p class=sub>{html.escape(' · '.join(facts))}</p></header>"
 
 
 def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     if not rows:
-        return _section(
+        return markup.section(
             "Verdict",
             "<p class=banner>No verdict: it needs a dense and a sparse run of the same seeds, both "
             "evaluated, the sparse one with trained auxiliary routers.</p>" + _warnings(runs),
@@ -226,10 +217,10 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
             [
                 row.mode,
                 row.what,
-                _value(row.baseline),
-                _mark(_value(row.dense), row.lower == "dense"),
-                _mark(_value(row.sparse), row.lower == variant),
-                _interval(row.difference),
+                markup.number(row.baseline),
+                markup.mark(markup.number(row.dense), row.lower == "dense"),
+                markup.mark(markup.number(row.sparse), row.lower == variant),
+                markup.signed_interval(row.difference),
                 row.lower,
                 row.verdict,
             ]
@@ -237,7 +228,7 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         ]
         modes = ", ".join(dict.fromkeys(row.mode for row in own))
         columns = ["routing mode", "held-out targets", "baseline", "dense (causal)", f"{variant} ({modes})"]
-        parts.append(_table([*columns, "difference", "lower", "verdict"], body, numbers=(2, 3, 4, 5)))
+        parts.append(markup.table([*columns, "difference", "lower", "verdict"], body, numbers=(2, 3, 4, 5)))
     parts.append(
         "<p class=note>Cross-entropy in nats per target token on held-out documents, lower is better, means over "
         "seeds; difference = sparse − dense. All columns are causal: dense has no routers, the sparse model is scored "
@@ -245,7 +236,7 @@ def _verdict(runs: Sequence[Run], rows: Sequence[Row]) -> str:
         "causal: its own rule, dropless). Baseline: bigram for text, per-position unigram for image codes, fitted on "
         "the training split.</p>"
     )
-    return _section("Verdict", "".join(parts) + _warnings(runs))
+    return markup.section("Verdict", "".join(parts) + _warnings(runs))
 
 
 def _warnings(runs: Sequence[Run]) -> str:
@@ -260,8 +251,8 @@ def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
             s.variant,
             s.what,
             _eta_text(s),
-            _value(float(np.mean([one.target for one in s.per_seed]))),
-            _interval(s.gap),
+            markup.number(float(np.mean([one.target for one in s.per_seed]))),
+            markup.signed_interval(s.gap),
         ]
         for s in etas
     ]
@@ -279,7 +270,9 @@ def _eta(runs: Sequence[Run], etas: Sequence[Speedup]) -> str:
         note += " So few leave noise in the curves, and the first crossing of a noisy curve comes early."
     several = max(len(s.per_seed) for s in etas) > 1
     note += " Intervals: 95 % t interval over paired seeds, of the logarithm for η." if several else ""
-    return _section("Speed-up at equal loss", _table(head, body, numbers=(2, 3, 4)) + f"<p class=note>{note}</p>")
+    return markup.section(
+        "Speed-up at equal loss", markup.table(head, body, numbers=(2, 3, 4)) + f"<p class=note>{note}</p>"
+    )
 
 
 DIFFERENCES_CAPTION = (
@@ -290,7 +283,7 @@ DIFFERENCES_CAPTION = (
 
 
 def _loss_caption(runs: Sequence[Run]) -> str:
-    seeds = _count(len({run.seed for run in runs}), "seed")
+    seeds = markup.count(len({run.seed for run in runs}), "seed")
     return (
         f"Lines: training loss (trailing mean over {SMOOTHING:.0%} of dense's FLOPs), {seeds}. Circles: "
         "held-out during training; sparse models route as in training (train). Other markers: held-out at the end, "
@@ -304,8 +297,8 @@ def _losses(runs: Sequence[Run]) -> str:
         for mode, loss in (run.eval or {}).get("loss", {}).items():
             body.append(
                 [run.variant, str(run.seed[1]), _mode_name(mode, run)]
-                + [_value(loss.get(key)) for key in HELD_OUT.values()]
-                + [_integer(loss.get("targets"))]
+                + [markup.number(loss.get(key)) for key in HELD_OUT.values()]
+                + [markup.integer(loss.get("targets"))]
             )
     if not body:
         return ""
@@ -313,7 +306,7 @@ def _losses(runs: Sequence[Run]) -> str:
         (run.eval["baselines"] for run in runs if run.eval and "baselines" in run.eval), {}
     ).items():
         cells = ["", "", "", ""]
-        cells[3 if name.startswith("image") else 1] = _value(value)
+        cells[3 if name.startswith("image") else 1] = markup.number(value)
         body.append([f"baseline: {name.replace('_', ' ')}", "", "no model", *cells, ""])
     head = ["model", "seed", "routing mode", "all", "text", "text, plain", "image", "targets"]
     batches = next((run.eval["micro_batches"] for run in runs if run.eval and "micro_batches" in run.eval), None)
@@ -322,8 +315,8 @@ def _losses(runs: Sequence[Run]) -> str:
         "plain: without structural tokens (begin and end of image, end of document). A number that sees the future "
         "cannot be reached when generating."
     )
-    return _section(
-        "Held-out losses by routing mode", _table(head, body, (3, 4, 5, 6, 7)) + f"<p class=note>{note}</p>"
+    return markup.section(
+        "Held-out losses by routing mode", markup.table(head, body, (3, 4, 5, 6, 7)) + f"<p class=note>{note}</p>"
     )
 
 
@@ -342,15 +335,15 @@ def _gaps(runs: Sequence[Run]) -> str:
         "Held-out loss of the causal mode minus that of mode train, nats per target token: the price of deciding "
         "without the future, or without capacities."
     )
-    table = _table(["model", "seed", "routing mode", *LOSSES], body, (3, 4, 5))
-    return _section("What causal routing costs", f"{table}<p class=note>{note}</p>{_planted(runs)}")
+    table = markup.table(["model", "seed", "routing mode", *LOSSES], body, (3, 4, 5))
+    return markup.section("What causal routing costs", f"{table}<p class=note>{note}</p>{_planted(runs)}")
 
 
 def _planted(runs: Sequence[Run]) -> str:
     """Losses under planted routing errors, where they were asked for."""
     body = [
         [run.variant, str(run.seed[1]), target, f"{row['sigma']:.2%}", f"{row.get('realised_rate', 0):.2%}"]
-        + [_value(row.get(key)) for key in LOSSES.values()]
+        + [markup.number(row.get(key)) for key in LOSSES.values()]
         for run in runs
         for target, rows in (run.eval or {}).get("error_injection", {}).items()
         for row in rows
@@ -362,7 +355,7 @@ def _planted(runs: Sequence[Run]) -> str:
         "Held-out losses when each decision of the training rule (train) is turned round with this probability; the "
         "weights stay the main router's."
     )
-    return f"<h3>Planted routing errors</h3>{_table(head, body, (3, 4, 5, 6, 7))}<p class=note>{note}</p>"
+    return f"<h3>Planted routing errors</h3>{markup.table(head, body, (3, 4, 5, 6, 7))}<p class=note>{note}</p>"
 
 
 def _mode_name(mode: str, run: Run) -> str:
@@ -391,7 +384,7 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
             (str(r.eval["pictures"].get("network", "?")) for r in runs if r.eval and "pictures" in r.eval),
             "?",
         )
-        parts.append(_table(["model", "pictures", "KID (± standard error)", "n"], body, numbers=(2, 3)))
+        parts.append(markup.table(["model", "pictures", "KID (± standard error)", "n"], body, numbers=(2, 3)))
         parts.append(
             f"<p class=note>Kernel inception distance to held-out pictures on {html.escape(network)} "
             "features, lower is better. All pictures come out of the image tokenizer. Training pictures show "
@@ -403,11 +396,11 @@ def _pictures(runs: Sequence[Run], generations: Sequence[Generations], drawn: di
         which = f"First {MOST_PROMPTS} of {total} held-out names" if total > MOST_PROMPTS else "Held-out names"
         modes = ", ".join(f"{one.label}: {one.mode}" for one in generations)
         parts.append(
-            _img(drawn["pictures"], "real and generated pictures per name")
+            markup.figure(drawn["pictures"], "real and generated pictures per name")
             + f"<figcaption>{which}; real picture, then samples, not selected. Routing modes: "
             f"{html.escape(modes)}.</figcaption>"
         )
-    return _section("Pictures from names", "".join(parts)) if parts else ""
+    return markup.section("Pictures from names", "".join(parts)) if parts else ""
 
 
 def _drawn_in(run: Run) -> str:
@@ -440,7 +433,9 @@ def _captions(generations: Sequence[Generations]) -> str:
     ]
     note = f"First {MOST_PROMPTS} of {len(by_prompt)} held-out pictures." if len(by_prompt) > MOST_PROMPTS else ""
     head = ["picture", "true name", *(f"{label} ({modes[label]})" for label in labels)]
-    return _section("Names from pictures", f"<div class=captions>{_table(head, body)}</div><p class=note>{note}</p>")
+    return markup.section(
+        "Names from pictures", f"<div class=captions>{markup.table(head, body)}</div><p class=note>{note}</p>"
+    )
 
 
 def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
@@ -450,13 +445,13 @@ def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
         if f"places-{run.variant}" in drawn:
             parts.append(
                 f"<h3>{name}: where in the picture image experts look</h3>"
-                + _img(drawn[f"places-{run.variant}"], "share of pictures per place, layer and image expert")
+                + markup.figure(drawn[f"places-{run.variant}"], "share of pictures per place, layer and image expert")
                 + "<figcaption>Each square is the picture's grid of codes, each panel a routing mode.</figcaption>"
             )
         if f"shares-{run.variant}" in drawn:
             parts.append(
                 f"<h3>{name}: how much each expert computes</h3>"
-                + _img(drawn[f"shares-{run.variant}"], "share of tokens per layer and expert")
+                + markup.figure(drawn[f"shares-{run.variant}"], "share of tokens per layer and expert")
                 + "<figcaption>Each panel is a routing mode. Expert choice fixes every expert's load by construction "
                 "(train); under causal rules it is free. Tokens that a depth router keeps from an expert "
                 "count.</figcaption>"
@@ -466,10 +461,12 @@ def _routing(runs: Sequence[Run], drawn: dict[str, Path]) -> str:
         if f"routers-{run.variant}" in drawn:
             parts.append(
                 f"<h3>{name}: do causal rules know what the training rule would do?</h3>"
-                + _img(drawn[f"routers-{run.variant}"], "accuracy, AUC and experts per token per layer and rule")
+                + markup.figure(
+                    drawn[f"routers-{run.variant}"], "accuracy, AUC and experts per token per layer and rule"
+                )
             )
             parts.append(_router_table(found["routing"]))
-    return _section("Routing", "".join(parts)) if any(parts) else ""
+    return markup.section("Routing", "".join(parts)) if any(parts) else ""
 
 
 def _top_tokens(variant: str, maps: dict[str, Any]) -> str:
@@ -497,7 +494,7 @@ def _top_tokens(variant: str, maps: dict[str, Any]) -> str:
     head = ["router", *experts]
     return (
         f"<h3>{html.escape(variant)}: what routers of text pick</h3><div "
-        f"class=tokens>{_table(head, body)}</div><p class=note>{note}</p>"
+        f"class=tokens>{markup.table(head, body)}</div><p class=note>{note}</p>"
     )
 
 
@@ -511,9 +508,9 @@ def _diagnostics(run: Run) -> str:
             groups = similar.get(router, {})
             known, chance = entry.get("token_information"), entry.get("token_information_by_chance")
             body.append(
-                [router, modality, *(_percent(entry.get(key)) for key in ("none", "one", "several"))]
-                + [_value(entry.get("load_entropy"), 3), _percent(entry.get("dropped"))]
-                + [_value(groups.get(modality, groups.get("all")), 3)]
+                [router, modality, *(markup.percent(entry.get(key)) for key in ("none", "one", "several"))]
+                + [markup.number(entry.get("load_entropy"), 3), markup.percent(entry.get("dropped"))]
+                + [markup.number(groups.get(modality, groups.get("all")), 3)]
                 + ["" if known is None else f"{known:.3f} ({chance:.3f})"]
             )
     if not body:
@@ -527,7 +524,7 @@ def _diagnostics(run: Run) -> str:
     )
     return (
         f"<h3>{html.escape(run.variant)}: what routers do with their tokens</h3>"
-        f"{_table(head, body, tuple(range(2, 9)))}<p class=note>{note}</p>"
+        f"{markup.table(head, body, tuple(range(2, 9)))}<p class=note>{note}</p>"
     )
 
 
@@ -535,8 +532,8 @@ def _router_table(routing: dict[str, Any]) -> str:
     names = {"training": "training routing", "free_running": "free-running"}
     keys = ("accuracy", "majority", "auc", "precision", "recall", "experts_true", "experts_predicted")
     body = [
-        [router, rule, names.get(states, states), *(_value(entry.get(key), 3) for key in keys)]
-        + [_percent(entry.get("tie_share"))]
+        [router, rule, names.get(states, states), *(markup.number(entry.get(key), 3) for key in keys)]
+        + [markup.percent(entry.get("tie_share"))]
         for states, routers in routing_maps.agreement(routing).items()
         for router, rules in routers.items()
         for rule, entry in rules.items()
@@ -562,7 +559,7 @@ def _router_table(routing: dict[str, Any]) -> str:
         "per token. ties: pairs that only the order of the tokens decides, since their score stands on both sides of "
         "the cut."
     )
-    return _table(head, body, tuple(range(3, 11))) + f"<p class=note>{note}</p>"
+    return markup.table(head, body, tuple(range(3, 11))) + f"<p class=note>{note}</p>"
 
 
 def _cost(runs: Sequence[Run]) -> str:
@@ -575,14 +572,14 @@ def _cost(runs: Sequence[Run]) -> str:
             [
                 run.variant,
                 str(run.seed[1]),
-                _scaled(found.get("params_total"), 1e6, 2),
-                _scaled(found.get("params_active"), 1e6, 2),
-                _scaled(found.get("flops_per_token_forward"), 1e6, 2),
-                _scaled(found.get("flops_per_token_train"), 1e6, 2),
-                _scaled(meter.get("tokens"), 1e6, 2),
-                _scaled(float(run.metrics["flops"][-1]), 1e12, 1),
-                _integer(rate),
-                _integer(_training_seconds(run)),
+                markup.scaled(found.get("params_total"), 1e6, 2),
+                markup.scaled(found.get("params_active"), 1e6, 2),
+                markup.scaled(found.get("flops_per_token_forward"), 1e6, 2),
+                markup.scaled(found.get("flops_per_token_train"), 1e6, 2),
+                markup.scaled(meter.get("tokens"), 1e6, 2),
+                markup.scaled(float(run.metrics["flops"][-1]), 1e12, 1),
+                markup.integer(rate),
+                markup.integer(_training_seconds(run)),
             ]
         )
         if run.routers:
@@ -590,8 +587,8 @@ def _cost(runs: Sequence[Run]) -> str:
             spent = float(run.routers.metrics["flops"][-1])
             body.append(
                 [f"{run.variant}: auxiliary routers", str(run.seed[1]), "", "", "", "",
-                 _scaled(extra.get("tokens"), 1e6, 2), _scaled(spent, 1e12, 1), "",
-                 _integer(_training_seconds(run.routers))]
+                 markup.scaled(extra.get("tokens"), 1e6, 2), markup.scaled(spent, 1e12, 1), "",
+                 markup.integer(_training_seconds(run.routers))]
             )  # fmt: skip
     head = [
         "model", "seed", "parameters, M", "active, M", "MFLOP/token forward", "MFLOP/token train", "tokens, M",
@@ -602,8 +599,8 @@ def _cost(runs: Sequence[Run]) -> str:
         "median over the run, evaluation and checkpoints left out. Auxiliary routers that are trained after the "
         "model are not counted in η."
     )
-    return _section(
-        "Parameters, FLOPs, throughput", _table(head, body, tuple(range(2, 10))) + f"<p class=note>{note}</p>"
+    return markup.section(
+        "Parameters, FLOPs, throughput", markup.table(head, body, tuple(range(2, 10))) + f"<p class=note>{note}</p>"
     )
 
 
@@ -618,14 +615,14 @@ def _budget(quickstart: dict[str, Any]) -> str:
     stages = quickstart.get("stages", {})
     if not stages:
         return ""
-    body = [[name, _integer(s.get("wall_s")), _integer(s.get("cpu_s"))] for name, s in stages.items()]
+    body = [[name, markup.integer(s.get("wall_s")), markup.integer(s.get("cpu_s"))] for name, s in stages.items()]
     wall, cpu = (sum(s.get(key) or 0 for s in stages.values()) for key in ("wall_s", "cpu_s"))
-    body.append([Html("<b>all</b>"), _integer(wall), _integer(cpu)])
+    body.append([Html("<b>all</b>"), markup.integer(wall), markup.integer(cpu)])
     commands = "\n".join(str(s["command"]) for s in stages.values() if s.get("command"))
     note = "CPU time: user and system, of all threads. Each line below is one command of the study, in order."
-    return _section(
+    return markup.section(
         "Budget and exact commands",
-        _table(["stage", "wall time, s", "CPU time, s"], body, (1, 2))
+        markup.table(["stage", "wall time, s", "CPU time, s"], body, (1, 2))
         + f"<p class=note>{note}</p><pre>{html.escape(commands)}</pre>",
     )
 
@@ -636,7 +633,7 @@ def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
         git = run.meta.get("git", {})
         commit = str(git.get("commit", "no checkout"))[:12] + ("" if git.get("clean", True) else ", changed")
         body.append(
-            [run.name, _integer(run.meta.get("step")), commit, str(run.meta.get("torch", "?")),
+            [run.name, markup.integer(run.meta.get("step")), commit, str(run.meta.get("torch", "?")),
              str(run.meta.get("precision", "?")), str(run.meta.get("threads", "?"))]
         )  # fmt: skip
     head = ["run", "step", "commit", "torch", "precision", "threads"]
@@ -650,9 +647,9 @@ def _versions(runs: Sequence[Run], quickstart: dict[str, Any]) -> str:
         f"<pre>{html.escape(json.dumps(run.config, indent=1))}</pre></details>"
         for run in with_routers(runs)
     )
-    return _section(
+    return markup.section(
         "Versions and configurations",
-        _table(head, body, (1, 5)) + f"<p class=note>{html.escape(note)}</p>" + details,
+        markup.table(head, body, (1, 5)) + f"<p class=note>{html.escape(note)}</p>" + details,
     )
 
 
@@ -708,35 +705,6 @@ def _eta_text(s: Speedup) -> str:
     return f"{s.interval.mean:.2f}×{ends}"
 
 
-def _interval(found: Interval) -> str:
-    ends = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{found.mean:+.4f}{ends}".replace("-", "−")
-
-
-def _value(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _integer(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _scaled(value: float | None, unit: float, digits: int) -> str:
-    return "" if value is None else f"{value / unit:,.{digits}f}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" + ("" if n == 1 else "s")
-
-
-def _mark(text: str, strong: bool) -> str:
-    return Html(f"<b>{html.escape(text)}</b>") if strong else text
-
-
 def _clip(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
 
@@ -745,83 +713,8 @@ def _visible(token: str) -> str:
     return token.replace(" ", "␣").replace("\n", "⏎") or "∅"
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-def _figure(drawn: dict[str, Path], name: str, title: str, caption: str) -> str:
-    return _section(title, _img(drawn[name], title) + f"<figcaption>{html.escape(caption)}</figcaption>")
-
-
-def _img(path: Path, alt: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f"<img class=figure alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>"
-
-
 def _inline(image: Image.Image, alt: str) -> Html:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     return Html(f"<img class=small alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>")
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Rows of text or `Html`; columns in `numbers` are set flush right."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        kinds = (" class=n" if i in numbers else "" for i in range(len(row)))
-        texts = (cell if isinstance(cell, Html) else html.escape(str(cell)) for cell in row)
-        return "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
-
-    rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
-    return f"<div class=wide><table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{rows}</tbody></table></div>"
-
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1f2328;
-  background: #fff; max-width: 940px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; padding-bottom: .25rem; border-bottom: 1px solid #d8dee4; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
-.sub { color: #656d76; margin: .4rem 0 0; }
-.banner { background: #f6f8fa; border-left: 4px solid #d55e00; padding: .6rem .9rem; margin: 0 0 1rem;
-  font-weight: 600; }
-.warn { color: #a40e26; }
-.note, figcaption { color: #57606a; font-size: .85rem; margin: .5rem 0 1rem; max-width: 75ch; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; min-width: 40%; font-size: .85rem; margin: .3rem 0;
-  font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid #eaeef2;
-  vertical-align: top; }
-th { color: #57606a; font-weight: 600; border-bottom: 1px solid #afb8c1; vertical-align: bottom; }
-td.n { white-space: nowrap; }
-th.n, td.n { text-align: right; }
-.captions table, .tokens table { width: 100%; }
-.captions td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: middle; }
-img.figure { width: 100%; max-width: 900px; height: auto; display: block; }
-img.small { width: 48px; height: 48px; border: 1px solid #d8dee4; display: block; }
-code { background: #f0f3f6; border-radius: 3px; padding: 0 .25em; white-space: pre; font-size: .92em; }
-.tokens td { line-height: 1.75; }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-summary { cursor: pointer; color: #57606a; font-size: .85rem; }
-@media print { body { max-width: none; padding: 0; font-size: 11px; } h2, h3 { break-after: avoid; }
-  img, tr, pre { break-inside: avoid; } .wide { overflow: visible; } }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -3,6 +3,7 @@
     RUN/metrics.jsonl                   columns over logged steps; NaN where a line lacks the metric
     RUN/checkpoints/step-*/meta.json    the newest: configuration, meter, versions
     RUN/eval.json                       if `moma evaluate` ran
+    RUN/wandb/offline-run-*             in place of the first two, where a folder has nothing else (wandb_runs.py)
 
 A sparse model is scored causally only after its auxiliary routers were trained, by a run of their own
 (`objective=aux_routers init_from=RUN`). `collect` joins the two: the training run keeps its curves and takes
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moma.analysis import wandb_runs
+from moma.meter import Duration
 
 AUX = "aux_routers"
 
@@ -73,6 +77,34 @@ class Run:
         return name + ("_upcycled" if self.meta.get("upcycled") else "")
 
     @property
+    def sees_future(self) -> bool:
+        """Whether its training rule looks at other tokens (expert choice, depth): then losses in mode `train` are not
+        causal."""
+        ffn = self.config["feed_forward"]
+        counts = ffn.get("experts", {}).values() if ffn["kind"] != "dense" else ()
+        routed = any(count > 1 for n in counts for count in (n if isinstance(n, list) else [n]))
+        chooses = ffn.get("selection", {}).get("kind", "expert_choice") == "expert_choice"
+        return (routed and chooses) or self.config.get("depth", {}).get("kind", "full") != "full"
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs of a token, of the last logged step."""
+        tokens, flops = self.column("tokens"), self.metrics["flops"]
+        known = np.isfinite(tokens) & (tokens > 0)
+        return float(flops[known][-1] / tokens[known][-1]) if known.any() else math.nan
+
+    @property
+    def unfinished(self) -> str | None:
+        """Why the run is no whole one, None for a run that did all of its steps."""
+        done, total = self.meta.get("step"), self.meta.get("total_steps")
+        if done is not None and total is not None and done < total:
+            return f"stopped at step {done} of {total}: run its command again"
+        logged = int(self.metrics["step"][-1])
+        if done is not None and logged < done:
+            return f"metrics end at step {logged}, its checkpoint is of step {done}: restore the file"
+        return self.meta.get("unfinished")
+
+    @property
     def seed(self) -> tuple[int, int]:
         """Seeds of the data order and of the parameters; runs with equal ones are paired."""
         seed = self.config.get("seed", {})
@@ -104,8 +136,13 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"got no folder {folder}, need one that `moma train` wrote: check the path")
-    meta = _newest_meta(folder)
     path = folder / "eval.json"
+    offline = () if (folder / "metrics.jsonl").is_file() else wandb_runs.offline_files(folder)
+    if offline:
+        name, metrics, meta = _from_wandb(offline)
+        found = _json(path, "run moma evaluate again") if path.is_file() else None
+        return Run(name or folder.resolve().name, metrics, meta, found, folder)
+    meta = _newest_meta(folder)
     found = _json(path, "run moma evaluate again") if path.is_file() else None
     metrics = read_metrics(folder / "metrics.jsonl")
     if seed := meta.get("upcycled"):  # what its seed cost counts: curves of upcycled runs begin there (MoMa 2.5)
@@ -137,6 +174,11 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
                 f"got a damaged line {number} in {path} ({error}), need one JSON object with a step per "
                 "line: resume the run, which cuts the file at its checkpoint"
             ) from None
+    return columns_of(rows, path)
+
+
+def columns_of(rows: dict[int, dict[str, Any]], path: Path) -> dict[str, np.ndarray]:
+    """Columns of rows by step, as `read_metrics` returns them; `path` is for the error where there are none."""
     if not rows:
         raise ValueError(f"got no whole line in {path}, need the metrics of a run: train for longer")
     steps = sorted(rows)
@@ -160,20 +202,54 @@ def collect(folders: tuple[Path, ...] | list[Path]) -> list[Run]:
     A routers' run whose training run is not named brings it along. Raises ValueError for two runs of one
     variant and seed, and for a routers' run whose training run cannot be found.
     """
-    read = [read_run(folder) for folder in folders]
+    runs = join([read_run(folder) for folder in folders])
+    refuse_twins(runs)
+    return runs
+
+
+def join(read: Sequence[Run]) -> list[Run]:
+    """The training runs among `read` with their routers' runs; dense first, then by variant and seed. ValueError for a
+    routers' run whose training run cannot be found."""
     trained = {run.folder.resolve(): run for run in read if run.objective != AUX}
     for routers in (run for run in read if run.objective == AUX):
         base = _base_folder(routers, set(trained))
         run = trained.get(base) or read_run(base)
         trained[base] = replace(run, routers=routers, eval=routers.eval or run.eval)
-    runs = sorted(trained.values(), key=lambda run: (not run.is_dense, run.variant, run.seed))
+    return sorted(trained.values(), key=lambda run: (not run.is_dense, run.variant, run.seed))
+
+
+def refuse_twins(runs: Sequence[Run]) -> None:
+    """Raises ValueError where two neighbours are of one variant and seed: they would count as two seeds."""
     for one, other in zip(runs, runs[1:], strict=False):
         if (one.variant, one.seed) == (other.variant, other.seed):
             raise ValueError(
                 f"got {one.folder} and {other.folder}, both {one.variant} with the same seeds, need one "
                 "run per variant and seed: leave one out"
             )
-    return runs
+
+
+def _from_wandb(files: Sequence[Path]) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """Name, columns and what stands for meta.json, of a run recorded by W&B alone."""
+    recorded = wandb_runs.read_offline(files)
+    config = recorded.config
+    if "feed_forward" not in config:
+        raise ValueError(
+            f"got {files[-1]} without a configuration, need a run that `moma train` logged: check the path"
+        )
+    metrics = columns_of(recorded.rows, files[-1])
+    data, duration = config.get("data", {}), config.get("duration")
+    step, total = int(metrics["step"][-1]), config.pop("total_steps", None)
+    if total is None and duration and {"rows", "row_length"} <= set(data):
+        per_step = data["rows"] * data["row_length"] * data.get("accumulation", 1)
+        per_token = float(metrics["flops"][-1]) / (step * per_step)
+        total = Duration(**duration).to_steps(per_step, per_token)
+    ended = None if recorded.exit_code == 0 else f"W&B recorded no end after step {step}: its process died"
+    if recorded.exit_code:
+        ended = f"ended with code {recorded.exit_code} after step {step}"
+    last = {name: metrics[name][np.isfinite(metrics[name])] for name in ("tokens", "flops") if name in metrics}
+    meter = {name: float(values[-1]) for name, values in last.items() if len(values)}
+    meta = {"config": config, "step": step, "total_steps": total, "meter": meter, "unfinished": ended}
+    return recorded.name, metrics, meta | {"upcycled": config.pop("upcycled", None)}
 
 
 def _base_folder(routers: Run, known: set[Path]) -> Path:

@@ -141,7 +141,7 @@ def eta(dense: Curve, sparse: Curve, smoothing: float = SMOOTHING) -> Eta:
     dense, sparse = smooth(dense, window), smooth(sparse, window)
     target, end = float(dense.loss[-1]), float(min(dense.flops[-1], sparse.flops[-1]))
     gap = float(np.interp(end, sparse.flops, sparse.loss) - np.interp(end, dense.flops, dense.loss))
-    reached = _first_reach(sparse, target)
+    reached = first_reach(sparse, target)
     value = None if reached is None else float(dense.flops[-1]) / reached
     return Eta(value, target, float(dense.flops[-1]), reached, gap, end)
 
@@ -225,7 +225,7 @@ def _has(run: Run, mode: str, key: str) -> bool:
     return run.eval is not None and run.eval.get("loss", {}).get(mode, {}).get(key) is not None
 
 
-def _first_reach(sparse: Curve, target: float) -> float | None:
+def first_reach(sparse: Curve, target: float) -> float | None:
     """FLOPs at which the curve first is at or below `target`, between points on a straight line."""
     below = np.flatnonzero(sparse.loss <= target)
     if not len(below):

@@ -4,10 +4,13 @@ Keystone: the plan puts exactly Q images into every micro-batch, so the index se
 have constant sizes, and every layer of the model reuses them. Data pipeline and router are one design.
 
 Routing uses the modality of the *input* token; the loss that of the *target* (BOI predicts an image code). The first
-token of a document is no target. Padding (only at the declared end of a finite stream) has document -1.
+token of a document is no target. Padding (only at the declared end of a finite stream) has document and source -1.
+
+Without balance (`Plan`) the index sets are exact all the same and their sizes change: such batches run eagerly. Static
+shapes take the padded form, with all T tokens as the bound of every modality.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,7 +31,10 @@ class TokenReader(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one device; R rows, L positions. `n_targets` counts valid targets (host integer)."""
+    """One micro-batch on one device; R rows, L positions. `n_targets` counts valid targets (host integer).
+
+    `source_RL`: int16, the place of a token's source among `sources`; None in a batch of no corpus.
+    """
 
     number: int
     tokens_RL: Tensor
@@ -38,14 +44,22 @@ class Batch:
     groups: TokenGroups
     n_targets: int
     exact: bool
+    source_RL: Tensor | None = None
+    sources: tuple[str, ...] = ()
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        names = ("tokens_RL", "target_RL", "document_RL", "position_RL")
+        source_RL = None if self.source_RL is None else change(self.source_RL)
+        changed = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed, groups=self.groups.each(change), source_RL=source_RL)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        move = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens_RL", "target_RL", "document_RL", "position_RL")
-        }
-        return replace(self, **move, groups=self.groups.to(device))
+        """The same batch on `device`; from pinned memory, nothing waits for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in memory that a GPU can read by itself."""
+        return self._each(lambda tensor: tensor.contiguous().pin_memory())
 
 
 def count_targets(micro_batch: MicroBatch, readers: Mapping[str, TokenReader]) -> int:
@@ -69,6 +83,8 @@ def build_batch(
     tokens = np.full(size, vocab.pad, dtype=np.int64)
     target = np.full(size, IGNORE, dtype=np.int64)
     document = np.full(size, -1, dtype=np.int32)
+    source = np.full(size, -1, dtype=np.int16)
+    places = {name: place for place, name in enumerate(sorted(readers))}
     for row, pieces in enumerate(micro_batch.rows):
         at = 0
         for number, piece in enumerate(pieces):
@@ -79,7 +95,7 @@ def build_batch(
             tokens[row, at:end] = ids[: piece.tokens]
             following = np.where(mask[1:] > 0, ids[1:].astype(np.int64), IGNORE)  # ids are unsigned
             target[row, at : at + len(following)] = following
-            document[row, at:end] = number
+            document[row, at:end], source[row, at:end] = number, places[piece.source]
             at = end
     ids_RL, present = torch.from_numpy(tokens), torch.from_numpy(document >= 0)
     groups = exact_groups(ids_RL, vocab) if micro_batch.exact and not padded else padded_groups(ids_RL, present, vocab)
@@ -92,4 +108,6 @@ def build_batch(
         groups=groups,
         n_targets=int((target != IGNORE).sum()),
         exact=micro_batch.exact,
+        source_RL=torch.from_numpy(source),
+        sources=tuple(places),
     )

@@ -1,4 +1,4 @@
-"""Token shards: the corpus on disk, written once and read by memory map.
+"""Token shards: the corpus on disk, written once and read piece by piece.
 
     corpora/<name>/manifest.json                             written last: a corpus without it is not done
     corpora/<name>/<split>/<source>/shard-00000.tokens.bin   ids of all documents, uint16 or uint32 (LE)
@@ -11,8 +11,11 @@
 Opening a corpus reads the index only: the plan is computed from document lengths, tokens are touched when a
 batch needs them. Segments tile the documents; a segment with pictures is never cut by the plan.
 
-Refuses shards whose size differs from the manifest, an index that does not fit its tokens, and a corpus made
-with another tokenizer.
+Tokens are read by `pread`, not by memory map: where a file is cut short or its disk fails during a run, a map ends the
+process with a bus error and without a word, a read says what happened to which file.
+
+Refuses shards whose size differs from the manifest or that cannot be read, an index that does not fit its tokens,
+and a corpus made with another tokenizer.
 """
 
 import difflib
@@ -21,6 +24,7 @@ import io
 import json
 import os
 import uuid
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,10 +158,10 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
 
 
 class ShardedSource:
-    """The documents of one source in one split, read by memory map; documents are numbered across shards.
+    """The documents of one source in one split; they are numbered across shards.
 
     `document_tokens` int64 (n,) lengths in tokens, `document_images` int32 (n,) pictures. Survives pickling:
-    maps are opened where they are used.
+    files are opened where they are used. Reading raises ValueError for a file that is gone, cut short or unreadable.
     """
 
     def __init__(self, folder: Path, kind: str, shards: list[dict[str, Any]], dtype: str) -> None:
@@ -180,10 +184,10 @@ class ShardedSource:
                 for images, bounds in zip(self._segment_images, self._doc_segment, strict=True)
             ]
         )
-        self._maps: dict[str, np.memmap] = {}
+        self._files: dict[str, io.FileIO] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_files": {}}
 
     def segments(self, doc: int) -> tuple[np.ndarray, np.ndarray]:
         """Offsets int64 (k+1,) from the document's start, and pictures int32 (k,), of its k segments."""
@@ -193,10 +197,9 @@ class ShardedSource:
         return offsets, self._segment_images[shard][first:last]
 
     def read(self, doc: int, start: int, stop: int) -> np.ndarray:
-        """Token ids [start, stop) of a document: a view of the map, of the stored dtype."""
+        """Token ids [start, stop) of a document, of the stored dtype; read-only."""
         shard, offset = self._span(doc, start, stop)
-        tokens = self._map(self._shards[shard]["file"], self.dtype)
-        return tokens[offset : offset + stop - start]
+        return self._numbers(self._shards[shard]["file"], self.dtype, offset, stop - start)
 
     def read_mask(self, doc: int, start: int, stop: int) -> np.ndarray:
         """Loss mask uint8 (stop - start,) of a document's tokens; ones where the shard has no mask."""
@@ -204,8 +207,7 @@ class ShardedSource:
         record = self._shards[shard]
         if not record["mask"]:
             return np.ones(stop - start, np.uint8)
-        mask = self._map(_sibling(record["file"], "mask.bin"), np.dtype(np.uint8))
-        return mask[offset : offset + stop - start]
+        return self._numbers(_sibling(record["file"], "mask.bin"), np.dtype(np.uint8), offset, stop - start)
 
     def _locate(self, doc: int) -> tuple[int, int]:
         if not 0 <= doc < self.n_documents:
@@ -220,10 +222,20 @@ class ShardedSource:
             raise IndexError(f"got tokens [{start}, {stop}) of document {doc}, need a range in [0, {end - begin}]")
         return shard, int(begin) + start
 
-    def _map(self, file: str, dtype: np.dtype) -> np.memmap:
-        if file not in self._maps:
-            self._maps[file] = np.memmap(self.folder / file, dtype=dtype, mode="r")
-        return self._maps[file]
+    def _numbers(self, file: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+        path, size = self.folder / file, count * dtype.itemsize
+        try:
+            if file not in self._files:
+                self._files[file] = io.FileIO(path)
+            content = os.pread(self._files[file].fileno(), size, offset * dtype.itemsize)
+        except OSError as error:
+            raise _unreadable(path, str(error.strerror)) from error
+        if len(content) != size:
+            raise ValueError(
+                f"got {len(content)} of {size} bytes at {offset * dtype.itemsize} in {path}, need the file as it was "
+                "when the corpus was opened (it has been cut short since): copy it again"
+            )
+        return np.frombuffer(content, dtype)
 
 
 def open_source(corpus: Path, split: str, source: str) -> ShardedSource:
@@ -269,8 +281,11 @@ def _read_index(folder: Path, shard: dict[str, Any], itemsize: int) -> tuple[np.
             )
     path = folder / _sibling(shard["file"], "index.npz")
     _need_file(path)
-    with np.load(path, allow_pickle=False) as index:
-        doc, segment, images = index["doc_offset"], index["segment_offset"], index["segment_images"]
+    try:
+        with np.load(path, allow_pickle=False) as index:
+            doc, segment, images = index["doc_offset"], index["segment_offset"], index["segment_images"]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, str(error)) from error
     fits = (
         len(doc) == shard["documents"] + 1
         and len(segment) == len(images) + 1
@@ -289,6 +304,15 @@ def _read_index(folder: Path, shard: dict[str, Any], itemsize: int) -> tuple[np.
 def _need_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"got no file {path}, need every shard of the manifest: copy it, or prepare again")
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path, "Permission denied")
+
+
+def _unreadable(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"got {path} that cannot be read ({reason}), need every shard of the corpus: check its disk and its "
+        "permissions, copy it again, or prepare again"
+    )
 
 
 def _sibling(file: str, ending: str) -> str:

@@ -26,13 +26,18 @@ def write_synthetic(
     texts: int = 100,
     image_codes: int = 32,
     grid: tuple[int, int] = (4, 4),
+    text_size: int = 256,
     seed: int = 0,
 ) -> tuple[Path, Path, Vocabulary]:
-    """Write `folder`/tokenizer and `folder`/corpus (val: a quarter of train); returns both and the vocabulary."""
+    """Write `folder`/tokenizer and `folder`/corpus (val: a quarter of train); returns both and the vocabulary.
+
+    `text_size`: text tokens, the bytes and then pairs of bytes, at most 256 + 256^2.
+    """
     tokenizer, corpus = folder / "tokenizer", folder / "corpus"
     tokenizer.mkdir(parents=True)
-    write_ranks(tokenizer / RANKS_FILE, {bytes([b]): b for b in range(256)})
-    vocab = write_vocabulary(tokenizer, text_size=256, image_codes=image_codes, image_grid=grid)
+    pairs_of_bytes = {bytes(divmod(n, 256)): 256 + n for n in range(text_size - 256)}
+    write_ranks(tokenizer / RANKS_FILE, {bytes([b]): b for b in range(256)} | pairs_of_bytes)
+    vocab = write_vocabulary(tokenizer, text_size=text_size, image_codes=image_codes, image_grid=grid)
     text = TextTokenizer.load(tokenizer, vocab)
     splits = {}
     for number, (split, share) in enumerate((("train", 1.0), ("val", 0.25))):

@@ -10,3 +10,8 @@ from torch import Tensor
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off for the device of `x` (the meta device has none to switch off)."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def wants_full_precision(name: str) -> bool:
+    """Whether the parameter of this name is read in at least fp32: norms, routers, auxiliary routers."""
+    return "norm" in name or "router" in name or ".aux." in name

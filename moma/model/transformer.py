@@ -159,11 +159,19 @@ class Transformer(nn.Module):
         has_aux = all(r.aux is not None and len(list(r.aux.parameters())) for r in routers)
         return tuple(mode for mode in CAUSAL_MODES if has_aux or mode not in AUX_MODES)
 
-    def update_routing(self, observed: dict[str, State]) -> None:
-        """New routing state of every router from what it observed, averaged over one optimizer step."""
+    @torch.no_grad()
+    def update_routing(self, observed: dict[str, State], skip: Tensor | None = None) -> None:
+        """New routing state of every router from what it observed, averaged over one optimizer step.
+
+        `skip`: a true scalar leaves everything as it is, decided on the device.
+        """
         routers = self.routers()
         for name, values in observed.items():
-            routers[name].update_routing(values)
+            router = routers[name]
+            before = {} if skip is None else {key: value.clone() for key, value in router.routing_state().items()}
+            router.update_routing(values)
+            for key, value in router.routing_state().items() if skip is not None else ():
+                value.copy_(torch.where(skip, before[key], value))
 
 
 def _block(architecture: Architecture, layer: int, modalities: tuple[str, ...], aux_routers: bool) -> Block:

@@ -7,6 +7,7 @@ Curves have a planted speed-up: sparse(F) = dense(ETA F) on both modalities.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,19 @@ def loss_at(flops: np.ndarray, total: float, floor: float, scale: float) -> np.n
 def write_run(
     folder: Path, experts: dict[str, int] | None, seed: int = 0, lines: int = 60, noise: float = 0.01,
     objective: str = "next_token", init_from: Path | None = None, speed: float | None = None,
+    shape: tuple[int, int] = (256, 6), cost: float = FLOPS_PER_TOKEN, above: float = 0.0, causal: float | None = None,
+    draw: int | None = None,
 ) -> Path:  # fmt: skip
-    """metrics.jsonl and one checkpoint's meta.json."""
+    """metrics.jsonl and one checkpoint's meta.json. `shape`: width and layers; `cost`: FLOPs per token; `above`: added
+    to the losses; `causal`: what moving cut-offs lose to the training rule, logged where it is given; `draw`:
+    seed of the noise."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed + (100 if experts else 0))
+    rng = np.random.default_rng(seed + (100 if experts else 0) if draw is None else draw)
     step = 10 * np.arange(1, lines + 1)
-    flops = step * TOKENS_PER_STEP * FLOPS_PER_TOKEN
+    flops = step * TOKENS_PER_STEP * cost
     speed = speed or (ETA if experts else 1.0)
-    text = loss_at(speed * flops, flops[-1], 2.6, 0.9) + rng.normal(0, noise, lines)
-    image = loss_at(speed * flops, flops[-1], 3.6, 0.6) + rng.normal(0, noise, lines)
+    text = loss_at(speed * flops, flops[-1], 2.6 + above, 0.9) + rng.normal(0, noise, lines)
+    image = loss_at(speed * flops, flops[-1], 3.6 + above, 0.6) + rng.normal(0, noise, lines)
     rows = []
     for i in range(lines):
         if objective == "aux_routers":
@@ -51,6 +56,9 @@ def write_run(
                 {"step": int(step[i]), "val_loss": (text[i] + image[i]) / 2 + 0.1, "val_loss_text": text[i] + 0.1,
                  "val_loss_image": image[i] + 0.1}
             )  # fmt: skip
+            if causal is not None:
+                held = {name: rows[-1][f"val_{name}"] + causal for name in ("loss", "loss_text", "loss_image")}
+                rows.append({"step": int(step[i])} | {f"val_threshold_{name}": loss for name, loss in held.items()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     checkpoint = folder / "checkpoints" / f"step-{step[-1]:08d}"
     checkpoint.mkdir(parents=True)
@@ -58,7 +66,7 @@ def write_run(
         "format": 1,
         "step": int(step[-1]),
         "config": {
-            "model": {"dim": 256, "n_layers": 6, "n_heads": 4},
+            "model": {"dim": shape[0], "n_layers": shape[1], "n_heads": 4},
             "feed_forward": {"kind": "sparse", "experts": experts} if experts else {"kind": "dense"},
             "objective": {"kind": objective},
             "seed": {"data": seed, "init": seed},
@@ -245,7 +253,43 @@ def write_study(
     return {"runs": runs, "generations": generations}
 
 
+SIZES = {(128, 4): 1.0e7, (192, 4): 3.0e7, (256, 6): 1.0e8}  # width and layers: FLOPs per token
+LAW = (0.4, 0.16)  # a and b: what is above the largest size, over compute relative to its own
+VARIANTS = {
+    "dense": (None, 1.0), "moe_1t1i": ({"text": 1, "image": 1}, 1.3), "moe_2t2i": ({"text": 2, "image": 2}, 1.6),
+    "moe_4t4i": ({"text": 4, "image": 4}, 2.0), "moe_8x": ({"all": 8}, 1.8),
+}  # fmt: skip
+
+
+def write_sweep(
+    root: Path, variants: Sequence[str] = tuple(VARIANTS), seeds: Sequence[int] = (0, 1, 2),
+    sizes: Sequence[tuple[int, int]] = tuple(SIZES), lines: int = 60,
+) -> list[Path]:  # fmt: skip
+    """Runs of every size, variant and seed under `root`: planted speed-ups, and losses that fall with size."""
+    folders = []
+    for shape in sizes:
+        above = LAW[0] * ((SIZES[shape] / max(SIZES.values())) ** -LAW[1] - 1)
+        for name in variants:
+            experts, speed = VARIANTS[name]
+            cut = 0.02 if experts and max(experts.values()) > 1 else None
+            for seed in seeds:
+                folder = root / f"{shape[0]}x{shape[1]}-{name}-s{seed}"
+                write_run(folder, experts, seed, lines, 0.01, speed=speed, shape=shape, cost=SIZES[shape],
+                          above=above, causal=cut, draw=len(folders))  # fmt: skip
+                folders.append(folder)
+    return folders
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     """One seed, two layers: read only."""
     return write_study(tmp_path_factory.mktemp("study"), lines=30, layers=2, samples=2)
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """dense and moe_4t4i at three sizes and seeds: `root`, read only; `write`: to make others; what was planted."""
+    root = tmp_path_factory.mktemp("sweep")
+    write_sweep(root, ("dense", "moe_4t4i"), lines=30)
+    return {"root": root, "write": write_sweep, "write_run": write_run, "write_eval": write_eval,
+            "sizes": SIZES, "law": LAW}  # fmt: skip

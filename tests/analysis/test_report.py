@@ -189,6 +189,14 @@ def test_a_stale_evaluation_is_said(study: dict, undrawn: None, tmp_path: Path) 
     assert "No verdict" in alone and "was evaluated at step 150" in alone
 
 
+def test_an_unfinished_run_is_said(study: dict) -> None:
+    runs = collect(study["runs"])
+    runs[1].meta["total_steps"] = 400
+    assert list(unfair(runs)) == [
+        "tiny-moe_4t4i-s0 (seed 0) is no finished run: stopped at step 300 of 400: run its command again."
+    ]
+
+
 def test_routers_of_another_step_are_said(study: dict, undrawn: None, tmp_path: Path) -> None:
     runs = collect(study["runs"])
     runs[1].meta["step"] = 400  # the base went on

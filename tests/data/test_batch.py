@@ -9,7 +9,10 @@ from moma.data.loader import Loader
 from moma.data.plan import Plan, PlanShape
 from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
-from moma.modality import IGNORE, modality_of
+from moma.modality import IGNORE, TEXT, modality_of
+from moma.model.attention import document_mask
+from moma.model.feed_forward import DenseConfig, SparseConfig
+from moma.model.transformer import Architecture, ModelConfig, build_model
 
 SHAPE = PlanShape(rows=2, row_length=96, images=4)
 
@@ -116,6 +119,99 @@ def test_loader_gives_the_plan_in_order_and_ranks_share_it(made):
                 assert all(torch.equal(b.tokens_RL, tokens[b.number]) for b in step.batches)
                 assert step.n_targets == sum(targets[4 * n : 4 * n + 4])  # of all ranks, whoever built them
                 assert step.state == states[4 * n + 3]
+
+
+@pytest.fixture(scope="module")
+def four(made, tmp_path_factory):
+    """Two sources with images and two without."""
+    sources, vocab = made
+    _, corpus, _ = write_synthetic(tmp_path_factory.mktemp("more"), pairs=30, texts=20, seed=1)
+    more = open_corpus(corpus, "train", vocab.hash)
+    return {**sources, "couple": more["pair"], "prose": more["text"]}, vocab
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {},
+        {"pair": 3.0, "couple": 1.0, "prose": 1.0, "text": 1.0},
+        {"pair": 1.0, "couple": 9.0, "prose": 0},
+        {"pair": 0, "prose": 5.0, "text": 1.0},
+    ],
+)  # fmt: skip
+def test_every_rank_has_the_same_images_and_tokens_at_any_world_size(four, mixture):
+    """Per-rank counts are equal by construction, and all ranks together see what one process sees."""
+    sources, vocab = four
+    stages = [(16, {"pair": 1.0, "couple": 1.0})]
+    counts = [2 * 96 - 4 * vocab.tokens_per_image, 4 * vocab.tokens_per_image]
+    for world in range(1, 9):
+        per_step = 2 * world
+        alone = Plan(sources, SHAPE, 0, mixture, stages=stages)
+        straight = [batch for (batch, _), _ in zip(alone.run(), range(2 * per_step), strict=False)]
+        tokens = [build_batch(batch, sources, SHAPE, vocab).tokens_RL for batch in straight]
+        seen = {}
+        for rank in range(world):
+            plan = Plan(sources, SHAPE, 0, mixture, stages=stages)
+            loader = Loader(plan, sources, vocab, per_step=per_step, rank=rank, world=world)
+            for step, _ in zip(loader, range(2), strict=False):
+                assert len(step.batches) == 2
+                for batch in step.batches:
+                    modality = modality_of(batch.tokens_RL, vocab)
+                    assert [int((modality == m).sum()) for m in range(2)] == counts
+                    assert [len(index) for index in batch.groups.index] == counts and batch.groups.valid is None
+                    assert int((batch.tokens_RL == vocab.boi).sum()) == 4 and batch.number not in seen
+                    seen[batch.number] = batch.tokens_RL
+            loader.close()
+        assert sorted(seen) == list(range(2 * per_step))
+        assert all(torch.equal(seen[number], tokens[number]) for number in seen)
+
+
+def test_source_of_every_token(four):
+    sources, vocab = four
+    plan = Plan(sources, SHAPE, 0, {"couple": 0})
+    loader = Loader(plan, sources, vocab)
+    batches = [step.batches[0] for step, _ in zip(loader, range(6), strict=False)]
+    loader.close()
+    met = set()
+    for batch in batches:
+        assert batch.source_RL.dtype == torch.int16 and torch.equal(batch.to("cpu").source_RL, batch.source_RL)
+        for row, pieces in enumerate(plan.micro_batch(batch.number).rows):
+            names = [piece.source for piece in pieces for _ in range(piece.tokens)]
+            assert [list(plan.sources)[place] for place in batch.source_RL[row].tolist()] == names
+            met |= set(names)
+    assert met == set(plan.sources) == {"pair", "prose", "text"}
+    last = [m for m, _ in Plan(sources, SHAPE, seed=0, passes=1).run()][-1]
+    batch = build_batch(last, sources, SHAPE, vocab)
+    assert torch.equal(batch.source_RL == -1, batch.document_RL == -1) and (batch.source_RL == -1).any()
+
+
+@pytest.mark.parametrize(
+    "feed_forward", [DenseConfig(), SparseConfig({"text": 1, "image": 1}), SparseConfig({"text": 4, "image": 4})]
+)
+def test_without_balance_index_sets_vary_and_the_model_runs_them(made, feed_forward):
+    """Also where a modality is missing; the exact and the padded form of a batch are the same model."""
+    sources, vocab = made
+    plan = Plan(sources, SHAPE, seed=0, balance=False)
+    batches = {}
+    for (micro_batch, _), _ in zip(plan.run(), range(200), strict=False):
+        batch = build_batch(micro_batch, sources, SHAPE, vocab)
+        assert batch.exact and batch.groups.valid is None and sum(map(len, batch.groups.index)) == 2 * 96
+        batches[micro_batch.images] = (batch, build_batch(micro_batch, sources, SHAPE, vocab, padded=True))
+    assert len(batches) >= 6 and min(batches) == 0
+    architecture = Architecture(ModelConfig(dim=32, n_layers=2, n_heads=2), feed_forward)
+    model = build_model(architecture, vocab.size, vocab.modalities, seed=0).double()
+    for images in (0, max(batches)):
+        hidden = []
+        for batch in batches[images]:
+            assert images or (modality_of(batch.tokens_RL, vocab) == TEXT).all()
+            model.zero_grad()
+            mask = document_mask(batch.document_RL)
+            hidden_TD, _ = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, "train")
+            hidden_TD.square().sum().backward()
+            hidden.append(hidden_TD)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert all(torch.isfinite(grad).all() for grad in grads)
+        torch.testing.assert_close(hidden[0], hidden[1])
 
 
 def test_loader_resumes_from_a_state_and_ends_with_a_finite_plan(made):

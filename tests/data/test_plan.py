@@ -1,11 +1,13 @@
 """The plan: exact counts, every token once per pass, images whole, pure in its inputs."""
 
+import hashlib
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from moma.data.plan import Plan, PlanShape, pass_order
+from moma.data.plan import Plan, PlanShape, documents_of, pass_order
 
 
 class Index:
@@ -143,6 +145,166 @@ def test_identity_changes_with_everything_it_depends_on():
     ]
     assert base not in others and len(set(others)) == 5
     assert base == Plan(corpus(), SHAPE, seed=0).identity("corpus", "vocab")
+
+
+@pytest.mark.parametrize(
+    ("options", "identity", "stream"),
+    [
+        ({}, "e2fe4abb041962e8", "65c3f3849aa1740d"),
+        ({"mixture": {"pair": 3.0, "mixed": 1.0}}, "5887e863df73d381", "6b5f1e0f3bf8fc80"),
+        ({"passes": 1}, "5fd33c83614ce556", "88b9e7e0ce0e763f"),
+    ],
+)  # fmt: skip
+def test_plans_are_those_of_plan_version_1(options, identity, stream):
+    """Other bytes here are another plan: runs could not be resumed; raise PLAN_VERSION."""
+    plan = Plan(corpus(), SHAPE, seed=0, **options)
+    hashed = hashlib.sha256()
+    for batch in collect(plan, 300):
+        hashed.update(json.dumps([batch.rows, batch.exact]).encode())
+    assert (plan.identity("corpus", "vocab"), hashed.hexdigest()[:16]) == (identity, stream)
+
+
+def test_a_source_without_documents_is_left_out():
+    sources = corpus() | {"none": Index([])}
+    plan = Plan(sources, SHAPE, seed=0, passes=1)
+    assert list(plan.sources) == ["mixed", "pair", "text"]
+    assert collect(plan, 99) == collect(Plan(corpus(), SHAPE, seed=0, passes=1), 99)
+
+
+def test_documents_of_a_micro_batch_are_plain_json():
+    batch = Plan(corpus(), SHAPE, seed=0).micro_batch(11)
+    told = json.loads(json.dumps(documents_of(batch)))
+    pieces = [piece for row in batch.rows for piece in row]
+    assert told == [[p.source, p.doc, p.start, p.stop] for p in pieces] and len(told) > 4
+    assert sum(stop - start for _, _, start, stop in told) == 4 * 64
+
+
+STAGES = [(100, {"pair": 1.0, "mixed": 3.0, "prose": 1.0, "text": 0}), (160, {"mixed": 0, "prose": 2.0, "text": 1.0})]
+
+
+def staged(**options):
+    prose = {"prose": Index([[(int(n), 0)] for n in np.random.default_rng(1).integers(20, 200, size=30)])}
+    return Plan(corpus() | prose, SHAPE, 0, {"pair": 3.0, "mixed": 1.0, "prose": 0}, stages=STAGES, **options)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_stages_change_the_shares_from_their_first_micro_batch_on(balance):
+    images, text, states = [Counter() for _ in range(3)], [Counter() for _ in range(3)], []
+    for batch, state in staged(balance=balance).run():
+        stage = (batch.number >= 100) + (batch.number >= 160)
+        assert not balance or (batch.exact and batch.images == 5)
+        for piece in (piece for row in batch.rows for piece in row):
+            images[stage][piece.source] += piece.images
+            text[stage][piece.source] += 0 if piece.images else piece.tokens
+        states.append(state)
+        if batch.number == 399:
+            break
+    assert images[0]["pair"] / images[0]["mixed"] == pytest.approx(3, rel=0.1)
+    assert images[1]["mixed"] / images[1]["pair"] == pytest.approx(3, rel=0.1)
+    assert text[0]["prose"] == 0 < text[0]["text"]
+    assert text[1]["text"] < 200 and images[2]["mixed"] <= 5  # what the stage before had begun
+    assert text[2]["prose"] / text[2]["text"] == pytest.approx(2, rel=0.15)
+    # no pass is begun anew, and shares are told stage by stage
+    assert [states[n]["pass"]["pair"] for n in (99, 159, 399)] == sorted(
+        states[n]["pass"]["pair"] for n in (99, 159, 399)
+    )
+    shares = staged(balance=balance).shares(states[-1])
+    tokens = [states[99]["tokens"], states[159]["tokens"], states[399]["tokens"]]
+    for number, share in enumerate(shares):
+        before = tokens[number - 1] if number else dict.fromkeys(tokens[0], 0)
+        own = {name: tokens[number][name] - before[name] for name in before}
+        assert share == pytest.approx({name: n / sum(own.values()) for name, n in own.items()})
+    assert [len(staged().shares(states[n])) for n in (0, 99, 100, 160)] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_staged_plans_resume_anywhere_also_where_a_stage_begins(balance):
+    straight = [pair for pair, _ in zip(staged(balance=balance).run(), range(200), strict=False)]
+    for number in (1, 99, 100, 101, 159, 160, 161):
+        state = json.loads(json.dumps(straight[number - 1][1]))
+        assert state["number"] == number
+        resumed = staged(balance=balance).run(state)
+        assert [next(resumed) for _ in range(30)] == straight[number : number + 30]
+    walked = staged(balance=balance)
+    assert walked.micro_batch(199) == straight[199][0] and walked.micro_batch(100) == straight[100][0]
+
+
+def test_stages_and_balance_are_part_of_the_identity():
+    sources, mixture = corpus(), {"mixed": 1.0, "pair": 1.0}
+    plans = [
+        Plan(sources, SHAPE, 0, mixture),
+        Plan(sources, SHAPE, 0, mixture, stages=[(10, {"pair": 2.0, "mixed": 1.0})]),
+        Plan(sources, SHAPE, 0, mixture, stages=[(11, {"pair": 2.0, "mixed": 1.0})]),
+        Plan(sources, SHAPE, 0, mixture, stages=[(10, {"pair": 3.0, "mixed": 1.0})]),
+        Plan(sources, SHAPE, 0, mixture, balance=False),
+    ]
+    assert len({plan.identity("corpus", "vocab") for plan in plans}) == 5
+    assert collect(plans[0], 10) == collect(plans[1], 10)  # until it begins, a stage changes nothing
+    assert collect(plans[0], 40) != collect(plans[1], 40)
+
+
+@pytest.mark.parametrize(
+    ("stages", "text"),
+    [
+        ([(9, {"pair": 0, "mixed": 0})], r"data.stages\[0\]: got images=5 per micro-batch, need a source with images"),
+        ([(9, {}), (12, {"text": 0})], r"data.stages\[1\]: got a mixture without a text-only source"),
+        ([(9, {"pears": 1})], r"data.stages\[0\]: got mixture weights for \['pears'\]"),
+        ([(0, {})], r"got data.stages\[0\] at micro-batch 0 after 0, need stages that rise"),
+        ([(9, {}), (9, {"pair": 2})], r"got data.stages\[1\] at micro-batch 9 after 9, need stages that rise"),
+    ],
+)  # fmt: skip
+def test_impossible_stages_are_refused(stages, text):
+    with pytest.raises(ValueError, match=text):
+        Plan(corpus(), SHAPE, seed=0, stages=stages)
+
+
+def test_without_balance_images_vary_around_q():
+    plan = Plan(corpus(), SHAPE, seed=0, balance=False)
+    batches = collect(plan, 2000)
+    assert all(batch.exact and [sum(p.tokens for p in row) for row in batch.rows] == [64] * 4 for batch in batches)
+    counts = np.array([batch.images for batch in batches])
+    assert counts.mean() == pytest.approx(5, rel=0.03)
+    assert counts.min() <= 2 and counts.max() >= 8
+    images = Counter()
+    for batch in collect(Plan(corpus(), SHAPE, 0, {"pair": 3.0, "mixed": 1.0}, balance=False), 400):
+        for piece in (piece for row in batch.rows for piece in row):
+            images[piece.source] += piece.images
+    assert images["pair"] / images["mixed"] == pytest.approx(3.0, rel=0.03)  # weights mean what they mean with balance
+
+
+def test_without_balance_each_token_comes_once_per_pass_and_images_stay_whole():
+    sources, seen = corpus(), Counter()
+    batches = [batch for batch, _ in Plan(sources, SHAPE, seed=0, passes=1, balance=False).run()]
+    for piece in (piece for batch in batches for row in batch.rows for piece in row):
+        seen.update((piece.source, piece.doc, t) for t in range(piece.start, piece.stop))
+        offsets, images = sources[piece.source].segments(piece.doc)
+        inside = [
+            (piece.start <= a and b <= piece.stop, n) for a, b, n in zip(offsets, offsets[1:], images, strict=False)
+        ]
+        assert sum(n for whole, n in inside if whole) == piece.images
+        cut = [n for (a, b, n) in zip(offsets, offsets[1:], images, strict=False) if a < piece.stop and piece.start < b]
+        assert sum(cut) == piece.images
+        assert piece.last == (piece.stop == sources[piece.source].document_tokens[piece.doc])
+    assert set(seen.values()) == {1}
+    assert sum(seen.values()) == sum(int(s.document_tokens.sum()) for s in sources.values())
+    endless, passes = Counter(), {}
+    for batch, state in Plan(sources, SHAPE, seed=0, balance=False).run():
+        endless.update((p.source, p.doc, t) for row in batch.rows for p in row for t in range(p.start, p.stop))
+        passes = state["pass"]
+        if min(passes.values()) >= 3:
+            break
+    for name, source in sources.items():
+        counts = [endless[(name, d, t)] for d in range(source.n_documents) for t in range(source.document_tokens[d])]
+        assert passes[name] - 1 <= min(counts) and max(counts) <= passes[name] + 1
+
+
+def test_without_balance_text_must_fill_the_gaps(monkeypatch):
+    monkeypatch.setattr("moma.data.plan.MAX_WAITING", 50)
+    tight = {"pair": Index([[(22, 1)], [(50, 1)]] * 9), "text": Index([[(9, 0)]] * 9)}
+    with pytest.raises(
+        ValueError, match=r"got images=6 per micro-batch .* need room for text between them: lower data"
+    ):
+        collect(Plan(tight, PlanShape(4, 64, 6), seed=0, balance=False), 30_000)
 
 
 def test_pass_order_is_a_permutation_that_the_key_fixes():

@@ -1,4 +1,4 @@
-"""Shards: what is written is read, across shards and by memory map; every damage is an error."""
+"""Shards: what is written is read, across shards; every damage is an error, also one that comes while they are read."""
 
 import hashlib
 import json
@@ -77,11 +77,6 @@ def test_segments_tile_documents(tmp_path: Path) -> None:
     for i in range(source.n_documents):
         offsets, _ = source.segments(i)
         assert offsets[0] == 0 and offsets[-1] == source.document_tokens[i] and (np.diff(offsets) > 0).all()
-
-
-def test_reading_copies_nothing(tmp_path: Path) -> None:
-    source = open_source(_corpus(tmp_path, _documents()), "train", "a")
-    assert isinstance(source.read(0, 0, 1).base, np.memmap) or isinstance(source.read(0, 0, 1), np.memmap)
 
 
 def test_same_documents_same_bytes(tmp_path: Path) -> None:
@@ -169,6 +164,55 @@ def test_truncated_shard(tmp_path: Path, file: str) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=rf"got {len(whole) - 1} bytes in .*{file}, need {len(whole)} as in the"):
+        open_source(tmp_path, "train", "a")
+
+
+@pytest.mark.parametrize("file", ["shard-00001.tokens.bin", "shard-00001.mask.bin"])
+def test_a_shard_that_is_cut_short_while_it_is_read(tmp_path: Path, file: str) -> None:
+    """A memory map would end the process here, by a bus error and without a word."""
+    source = open_source(_corpus(tmp_path, _documents(n=60, mask=True), shard_tokens=400), "train", "a")
+    first, second = source._first_document[1:3]
+    for doc in range(second):
+        source.read(doc, 0, 1)
+        source.read_mask(doc, 0, 1)
+    os.truncate(tmp_path / "train" / "a" / file, 7)
+    read = source.read if "tokens" in file else source.read_mask
+    with pytest.raises(ValueError, match=rf"got 0 of \d+ bytes at \d+ in .*{file}, need the file as it was when the"):
+        read(int(second) - 1, 0, 1)
+    assert len(read(int(first) - 1, 0, 1)) == 1  # other shards go on
+
+
+def test_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
+    source = open_source(_corpus(tmp_path, _documents()), "train", "a")
+    path = tmp_path / "train" / "a" / "shard-00000.tokens.bin"
+    path.unlink()
+    with pytest.raises(
+        ValueError, match=r"got .*shard-00000.tokens.bin that cannot be read \(No such file or directory"
+    ):
+        source.read(0, 0, 1)
+    path.mkdir()
+    with pytest.raises(
+        ValueError, match=r"cannot be read \(Is a directory\), need every shard of the corpus: check its"
+    ):
+        source.read(0, 0, 1)
+
+
+def test_a_shard_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden = _corpus(tmp_path, _documents()) / "train" / "a" / "shard-00001.tokens.bin"
+    monkeypatch.setattr("moma.data.shards.os.access", lambda path, _: path != forbidden)  # root may read everything
+    with pytest.raises(ValueError, match=r"got .*shard-00001.tokens.bin that cannot be read \(Permission denied\)"):
+        open_source(tmp_path, "train", "a")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + 40 * b"\0"])
+def test_an_index_that_is_none(tmp_path: Path, content: bytes) -> None:
+    path = _corpus(tmp_path, _documents()) / "train" / "a" / "shard-00001.index.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"got .*shard-00001.index.npz that cannot be read \("):
+        open_source(tmp_path, "train", "a")
+    whole = path.with_name("shard-00000.index.npz").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"got .*shard-00001.index.npz that cannot be read \("):
         open_source(tmp_path, "train", "a")
 
 
