@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+WANDB_WAIT_S = 30.0  # for the server's first answer
+
 # name -> "unit: meaning". {x} stands for one name without a slash; {router}: `3` (experts of layer 3),
 # `3.depth`. "nats" is per target token.
 METRICS = {
@@ -140,20 +142,7 @@ class RunLog:
         self._file.truncate(offset or 0)
         self._file.seek(0, os.SEEK_END)
         if config.kind == "wandb":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                mode=config.mode,
-                group=config.group,
-                tags=config.tags,
-                name=run_dir.name,
-                dir=run_dir,
-                config=resolved,
-                id=wandb_id,
-                resume="allow" if wandb_id else None,
-            )
+            self._wandb = _start_wandb(run_dir, config, resolved, wandb_id)
             self.wandb_id = self._wandb.id
 
     def metrics(self, step: int, values: Mapping[str, float | int | None]) -> None:
@@ -189,6 +178,40 @@ class RunLog:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any], wandb_id: str | None) -> Any:
+    """The run at W&B, which goes on offline where the server does not answer within WANDB_WAIT_S."""
+    import wandb
+
+    def start(mode: Literal["offline", "online"]) -> Any:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=mode,
+            group=config.group,
+            tags=config.tags,
+            name=run_dir.name,
+            dir=run_dir,
+            config=resolved,
+            id=wandb_id,
+            resume="allow" if wandb_id else None,
+            settings=wandb.Settings(init_timeout=WANDB_WAIT_S),
+        )
+
+    try:
+        return start(config.mode)
+    except wandb.Error as error:
+        if config.mode == "offline":
+            raise ValueError(f"got an error of W&B ({error}), need it to start: mend it, or set log=files") from error
+        reason = str(error).splitlines()[0]
+        print(
+            f"W&B does not answer ({reason}): the run is logged offline, `wandb sync {run_dir}/wandb/offline-run-*` "
+            "sends it later",
+            file=sys.stderr,
+        )
+        wandb.teardown()
+        return start("offline")
 
 
 def _finite(value: float | int | None) -> float | int | None:

@@ -158,6 +158,21 @@ def test_memory_sums_the_blocks_of_every_kind(made):
     assert some[0] == some[2] == some[3] == full[0] != some[1] == per_block("feed_forward=moe_8x")[1]
 
 
+def test_recomputing_and_sharing_out_take_less_memory(made):
+    def memory(*overrides):
+        return describe.describe(config(made, "data.images=32", "feed_forward=moe_4t4i", *overrides))["memory"]
+
+    none, selective, full = (memory(f"recompute={kind}") for kind in ("none", "selective", "full"))
+    assert none["activations"] > 1.2 * selective["activations"] > 2 * full["activations"]
+    assert none["peak"] > full["peak"]
+    # matrices in four parts; norms and routers stay whole, and a block and the ends are put together
+    parts = memory("parts=4")
+    assert none["optimizer"] / 4 < parts["optimizer"] < none["optimizer"] / 3.9
+    assert parts["activations"] == none["activations"]
+    with pytest.raises(ValueError, match="got parts=0, need at least 1 process: change it"):
+        config(made, "parts=0")
+
+
 KINDS = [
     ("feed_forward=dense", "bf16"),
     ("feed_forward=moe_4t4i", "fp32"),

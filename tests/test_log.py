@@ -68,13 +68,30 @@ def test_other_ranks_write_nothing_but_check_names(tmp_path: Path) -> None:
     log.close()
 
 
-def test_wandb_mirrors_the_file_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class NoAnswer(Exception):
+    pass
+
+
+def a_wandb(monkeypatch: pytest.MonkeyPatch, answers: tuple[str, ...] = ("offline", "online")) -> list:
+    """Replace the package by one that takes down what it is asked for; it starts in the modes of `answers` alone."""
     calls: list = []
     run = types.SimpleNamespace(
         id="abc", log=lambda line, step: calls.append((step, line)), finish=lambda: calls.append("finish")
     )
-    module = types.SimpleNamespace(init=lambda **given: calls.append(given) or run)
+
+    def init(**given: object) -> object:
+        calls.append(given)
+        if given["mode"] not in answers:
+            raise NoAnswer("Timed out\nlong story")
+        return run
+
+    module = types.SimpleNamespace(init=init, Settings=dict, Error=NoAnswer, teardown=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_wandb_mirrors_the_file_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = a_wandb(monkeypatch)
     log = RunLog(tmp_path, LogConfig(kind="wandb", tags=("a",)), {"x": 1})
     log.metrics(4, {"loss": 1.0, "z_loss": float("nan")})
     log.close()
@@ -83,6 +100,25 @@ def test_wandb_mirrors_the_file_and_goes_on_with_its_run(tmp_path: Path, monkeyp
     assert calls[1:] == [(4, {"loss": 1.0}), "finish"]
     RunLog(tmp_path, LogConfig(kind="wandb"), {}, wandb_id="abc").close()
     assert (calls[3]["id"], calls[3]["resume"]) == ("abc", "allow")
+
+
+def test_a_server_that_does_not_answer_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = a_wandb(monkeypatch, answers=("offline",))
+    RunLog(tmp_path, LogConfig(kind="wandb", mode="online"), {}, wandb_id="abc").close()
+    assert [call["mode"] for call in calls[:2]] == ["online", "offline"] and calls[2:] == ["finish"]
+    assert {call["id"] for call in calls[:2]} == {"abc"} and calls[0]["settings"] == {"init_timeout": 30.0}
+    said = capsys.readouterr().err
+    assert "W&B does not answer (Timed out): the run is logged offline, `wandb sync" in said
+
+
+def test_a_wandb_that_cannot_start_at_all_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_wandb(monkeypatch, answers=())
+    with pytest.raises(
+        ValueError, match="got an error of W&B .Timed out[^,]*, need it to start: mend it, or set log=f"
+    ):
+        RunLog(tmp_path, LogConfig(kind="wandb"), {})
 
 
 def test_interval_is_checked() -> None:

@@ -13,8 +13,11 @@ from moma.optim import (
     build_optimizer,
     clip_,
     learning_rate,
+    norms_by_part,
     parameter_groups,
+    part_of,
     set_learning_rate,
+    step_,
 )
 
 WARMUP, TOTAL = 5, 25
@@ -128,6 +131,55 @@ def test_clip_returns_the_norm_before_and_scales_to_the_limit() -> None:
     after = math.sqrt(sum(p.grad.square().sum().item() for p in parameters if p.grad is not None))
     assert after == pytest.approx(1.0, rel=1e-5)
     assert clip_(parameters, 10.0).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_skipped_step_changes_no_bit() -> None:
+    toys = [Toy(), Toy()]
+    toys[1].load_state_dict(toys[0].state_dict())
+    optimizers = [build_optimizer(toy.named_parameters(), OptimConfig(lr=1e-2)) for toy in toys]
+    for number in range(4):
+        bad = number in (0, 2)  # the very first one too, which makes the state
+        for toy, optimizer in zip(toys, optimizers, strict=True):
+            if bad and toy is toys[0]:
+                continue
+            for parameter in toy.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan if bad else 0.3 + number)
+            step_(optimizer, torch.tensor(bad))
+    for one, two in zip(*(toy.parameters() for toy in toys), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(*(optimizer.state.values() for optimizer in optimizers), strict=True):
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert {state["step"].item() for state in optimizers[1].state.values()} == {2.0}
+
+
+def test_norms_by_part_add_up_to_the_norm() -> None:
+    toy = Toy()
+    for parameter in toy.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    squares = norms_by_part(toy.named_parameters(), 1, 1)
+    assert set(squares) == {"embedding", "experts", "linear", "norms"}
+    whole = clip_(toy.parameters(), 1e9)
+    torch.testing.assert_close(torch.stack(list(squares.values())).sum().sqrt(), whole)
+    halves = norms_by_part(toy.named_parameters(), 2, 1)  # of copies, every process counts its share
+    assert all(halves[name] * 2 == square for name, square in squares.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("embedding.weight", "embedding"),
+        ("blocks.3.attention.wq.weight", "attention"),
+        ("blocks.3.attention.q_norm.weight", "norms"),
+        ("blocks.3.feed_forward.experts.0.w13", "feed_forward"),
+        ("blocks.3.feed_forward.router", "routers"),
+        ("blocks.3.depth_router", "routers"),
+        ("blocks.3.feed_forward.aux.1.w2", "aux_routers"),
+        ("norm.weight", "norms"),
+        ("head.weight", "head"),
+    ],
+)
+def test_parts_by_name(name: str, part: str) -> None:
+    assert part_of(name) == part
 
 
 def test_durations() -> None:

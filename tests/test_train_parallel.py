@@ -39,6 +39,7 @@ PAIRS = [
     ("mod", "full", "on", "shard", "bf16"),
     ("mod", "selective", "off", "replicas", "fp32"),
 ]
+LACKING = [("4t4i", "copies"), ("4t4i", "shard"), ("1t1i", "shard"), ("untied", "copies")]
 LAYOUTS = {"copies": [], "shard": SHARD, "replicas": [*SHARD, "parallel.replicas=2"]}
 RUNS = {
     "4t4i": [*KINDS["4t4i"], "eval.interval={steps:4}", "eval.batches=2"],
@@ -76,11 +77,11 @@ def on_two(folder, runs=(), cases=(), inductor=False):
     return json.loads((folder / "out").read_text())
 
 
-def case(made, kind, recompute="none", compiled="off", layout="shard", precision="fp32"):
+def case(made, kind, recompute="none", compiled="off", layout="shard", precision="fp32", lacks=False):
     overrides = [*KINDS[kind], *LAYOUTS[layout], f"parallel.recompute={recompute}", f"parallel.compile={compiled}"]
     overrides += [f"precision={precision}", "optim.warmup.steps=0", "duration={steps:2}"]
-    name = "-".join([kind, recompute, compiled, layout, precision])
-    return {"name": name, "overrides": arguments(made, "unused", *overrides)}
+    name = "-".join([kind, recompute, compiled, layout, precision, *["lacks"] * lacks])
+    return {"name": name, "lacks": lacks, "overrides": arguments(made, "unused", *overrides)}
 
 
 def rows(run_dir):
@@ -105,6 +106,7 @@ def together(made, tmp_path_factory):
         for kind in ("copies", "shard")
     ]
     cases = [case(made, kind) for kind in KINDS] + [case(made, *pair) for pair in PAIRS]
+    cases += [case(made, kind, layout=layout, lacks=True) for kind, layout in LACKING]
     found = on_two(folder, runs, cases)
     threads = torch.get_num_threads()
     for name, own in RUNS.items():
@@ -148,6 +150,12 @@ def test_recomputed_compiled_and_shared_out_steps_are_the_same(together, pair):
             "router": ["torch.float32"],
             "experts": ["torch.bfloat16" if low else "torch.float32"],
         }
+
+
+@pytest.mark.parametrize(("kind", "layout"), LACKING)
+def test_a_process_without_a_modality_takes_part(together, kind, layout):
+    """The second process sees no image: its image experts run on nothing, and nothing waits for them for ever."""
+    check(together[1][f"{kind}-none-off-{layout}-fp32-lacks"], "fp32")
 
 
 def test_the_pairs_cover_every_two_settings():

@@ -2,12 +2,13 @@
 
     python -m torch.distributed.run --nproc-per-node=2 two_ranks.py TASKS.json OUT.json
 
-`runs`: command lines of `moma train`, one after the other. `cases` ({"name", "overrides"}): the same two steps alone
-and shared out, and how far they differ; both ranks must find the same.
+`runs`: command lines of `moma train`, one after the other. `cases` ({"name", "overrides", "lacks"}): the same two steps
+alone and shared out, and how far they differ; both ranks must find the same.
 """
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from moma.distributed import (
     sum_,
     whole,
 )
+from moma.modality import exact_groups
 from moma.model.feed_forward import SparseFeedForward
 from moma.model.transformer import build_model
 from moma.objectives import OBJECTIVES, freeze_for, routing_noise
@@ -120,6 +122,14 @@ def watch_dtypes():
     return seen
 
 
+def without_images(batch, vocab):
+    """The micro-batch with text in the place of image codes: the second of two ranks gets only such ones."""
+    tokens_RL = torch.where(
+        batch.tokens_RL.ge(vocab.image_start) & batch.tokens_RL.lt(vocab.image_stop), 70, batch.tokens_RL
+    )
+    return replace(batch, tokens_RL=tokens_RL, groups=exact_groups(tokens_RL, vocab), exact=False)
+
+
 def compare(case, ranks, seen):
     """One case: how far two ranks are from one."""
     config = compose("train", case["overrides"]).config
@@ -127,7 +137,8 @@ def compare(case, ranks, seen):
     sources = dict(open_corpus(config.data.corpus, "train", vocab.hash))
     plan, planned = Plan(sources, config.data.shape, 0, {}), []
     for micro_batch, _ in plan.run():
-        planned.append(build_batch(micro_batch, sources, plan.shape, vocab))
+        batch = build_batch(micro_batch, sources, plan.shape, vocab)
+        planned.append(without_images(batch, vocab) if case["lacks"] and len(planned) % 2 else batch)
         if len(planned) == STEPS * PER_STEP:
             break
     # in bf16, a compiled graph rounds elsewhere than an eager one
