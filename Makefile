@@ -16,7 +16,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"got Python {v[0]}.{v[1]}, need 3.11 or newer: run make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,corpus,analysis,vq,bpe,hf,data]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,corpus,analysis,vq,bpe,hf,data,sweep]'
 	touch $@
 
 test: install

@@ -1,12 +1,13 @@
 """The command line: `moma VERB [overrides ...]`, overrides in Hydra's syntax.
 
-    moma --help                  the verbs                 exit status   0  done
-    moma VERB --help             its groups and defaults                 2  a mistake, named in one line
-    moma VERB a=1 group=option   runs it                               130  interrupted; run again to go on
+    moma --help                     the verbs                 exit status   0  done
+    moma VERB --help                its groups and defaults                 1  a sweep with a job that is not finished
+    moma VERB a=1 group=option      runs it                                 2  a mistake, named in one line
+    moma VERB -m a=1,2 group=x,y    every combination                     130  interrupted; run again to go on
+    moma compare RUN RUN out=F      = runs=[RUN,RUN]
 
-What a verb refuses (ValueError, OSError, a package that is not installed) is one line on stderr;
-`--traceback` shows where it comes from. Several runs at once (`-m`) are refused: start one command per run.
-torch is not imported here.
+`-m` is for train, upcycle and evaluate: see moma/sweep.py. What a verb refuses (ValueError, OSError, a package that is
+not installed) is one line on stderr; `--traceback` shows where it comes from. torch is not imported here.
 """
 
 import os
@@ -16,8 +17,11 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 
 from moma import __version__
-from moma.config import VERBS, compose, locate, options, raw
+from moma.config import TWO_SEEDS, VERBS, compose, locate, options, quoted, raw
 from moma.schema import nearest
+
+LISTS = {"compare": "runs"}  # verb -> the key of its arguments that are not key=value
+MULTIRUN = ("-m", "--multirun")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(flags):
             print(_help(verb, overrides), flush=True)
             return 0
+        overrides = _listed(verb, overrides)
+        if set(MULTIRUN) & set(flags):
+            return locate("moma.sweep:sweep")(verb, overrides)
         composed = compose(verb, overrides)
         result = locate(VERBS[verb].entry)(composed if VERBS[verb].composed else composed.config)
         return result if VERBS[verb].composed and result else 0
@@ -63,20 +70,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(flag: str) -> None:
-    if flag in ("-m", "--multirun"):
-        raise ValueError(f"got {flag}, need a single run: sweeps are not supported, start one command for each value")
-    if flag not in ("-h", "--help", "--traceback"):
-        raise ValueError(f"got the flag {flag}, need --help or --traceback: settings are written key=value")
+    if flag not in ("-h", "--help", "--traceback", *MULTIRUN):
+        raise ValueError(f"got the flag {flag}, need --help, --traceback or -m: settings are written key=value")
+
+
+def _listed(verb: str, overrides: list[str]) -> list[str]:
+    """The arguments that are no overrides, gathered under the verb's key for them."""
+    bare = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    if not bare or verb not in LISTS:
+        return overrides
+    rest = [override for override in overrides if override not in bare]
+    return [*rest, f"{LISTS[verb]}=[{','.join(map(quoted, bare))}]"]
 
 
 def _verbs() -> str:
     rows = [f"  {verb:<11} {entry.phrase}" for verb, entry in VERBS.items()]
     usage = "usage: moma VERB [key=value ...] [group=option ...] [--traceback]"
-    return "\n".join([usage, "", *rows, "", "moma VERB --help shows the groups and defaults of a verb."])
+    more = "       moma VERB -m key=a,b group=x,y    a run for every combination (train, upcycle, evaluate)"
+    return "\n".join([usage, more, "", *rows, "", "moma VERB --help shows the groups and defaults of a verb."])
 
 
 def _help(verb: str, overrides: list[str]) -> str:
     mapping, choices = raw(verb, overrides, complete=False)
+    if verb in TWO_SEEDS:
+        choices = {"experiment": "", **choices}  # none is chosen by default
     lines = [f"moma {verb}: {VERBS[verb].phrase}", ""]
     if choices:
         width = max(map(len, choices))

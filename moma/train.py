@@ -24,6 +24,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moma import checkpoint
+from moma import checkpoint, launch
 from moma.config import Composed, Duration, kind_field
 from moma.config import diff as config_diff
 from moma.data.batch import Batch, build_batch
@@ -82,6 +83,7 @@ from moma.optim import (
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
 from moma.trace import ProfileConfig, Trace
 
+SAME_S = 1.0  # seconds within which two signals are one request to stop
 SKIPPED = "skipped.jsonl"  # of a run: steps that were left out, and the documents they would have learnt from
 IDENTITY = (
     *ARCHITECTURE, "objective", "data", "optim", "seed", "precision", "init_from", "vocab_hash", "plan",
@@ -205,18 +207,20 @@ class TrainConfig:
 def main(composed: Composed) -> int:
     """`moma train`: start or resume a run; returns 0 when it is finished or was asked to stop."""
     config: TrainConfig = composed.config
+    if config.parallel.processes and launch.wanted(config.parallel.processes):
+        return launch.run_processes(["train", *composed.overrides], config.parallel.processes)
     run_dir = config.run_dir or default_run_dir(composed)
     return train(config, composed.resolved, run_dir)
 
 
 def default_run_dir(composed: Composed) -> Path:
-    """runs/<data>/<model>-<feed_forward>[-<attention>][-<depth>][-<objective>]-s<init>: the choices, no timestamp."""
+    """runs/<data>/<model>-<feed_forward>[-<attention>][-<depth>][-<objective>]-s<seed>: the choices, no timestamp."""
     config, choices = composed.config, composed.choices
     parts = [choices["model"], choices["feed_forward"]]
     parts += [choices["attention"]] if choices["attention"] != "shared" else []
     parts += [choices["depth"]] if choices["depth"] != "full" else []
     parts += [choices["objective"]] if choices["objective"] != "next_token" else []
-    seed = f"s{config.seed.init}" + (f"d{config.seed.data}" if config.seed.data else "")
+    seed = f"s{config.seed.init}" + (f"d{config.seed.data}" if config.seed.data != config.seed.init else "")
     return Path("runs") / choices["data"] / "-".join([*parts, seed])
 
 
@@ -728,11 +732,19 @@ class _Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM finish the step, save and end the run in order; a second one kills as usual."""
+        """SIGINT and SIGTERM finish the step, save and end the run in order; one that comes later kills as usual.
+
+        Within SAME_S a second one is the same request, which came by two ways.
+        """
+        asked = -math.inf
 
         def ask(number: int, frame: Any) -> None:
-            self.stop_asked = True
-            signal.signal(number, before[signal.Signals(number)])
+            nonlocal asked
+            if self.stop_asked and time.monotonic() - asked > SAME_S:
+                signal.signal(number, before[signal.Signals(number)])
+                signal.raise_signal(number)
+            elif not self.stop_asked:
+                self.stop_asked, asked = True, time.monotonic()
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -86,12 +86,12 @@ def _raise(error: BaseException) -> Any:
         (
             ["toy", "-m", "dim=1,2"],
             None,
-            "moma toy: got -m, need a single run: sweeps are not supported, start one",
+            "moma toy: got -m for toy, need one of train, upcycle, evaluate: start one command for each value",
         ),
         (
             ["toy", "--dim", "3"],
             None,
-            "moma toy: got the flag --dim, need --help or --traceback: settings are written",
+            "moma toy: got the flag --dim, need --help, --traceback or -m: settings are written",
         ),
     ],
 )
@@ -127,3 +127,10 @@ def test_starting_up_imports_neither_torch_nor_wandb() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
+
+
+def test_folders_can_be_given_without_their_key(monkeypatch: Any) -> None:
+    given = ["runs/a", "out=x", "b c's"]
+    assert cli._listed("compare", given) == ["out=x", "runs=['runs/a','b c\\'s']"]
+    assert config.raw("report", cli._listed("compare", given))[0]["runs"] == ["runs/a", "b c's"]
+    assert cli._listed("train", given) == given

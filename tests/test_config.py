@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from moma import config
-from moma.config import VERBS, Duration, Verb, build, compose, diff, kind_field, plain, share
+from moma.config import VERBS, Duration, Verb, build, compose, diff, kind_field, plain, points, raw, share
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def test_compose_builds_the_dataclass_and_records_choices(toy: Path) -> None:
         ),
         ("dim=3", "got the unknown key dim, need one that `moma toy --help` shows: did you mean model.dim?"),
         ("+nmae=3", "got the unknown key nmae, need a field of ToyConfig: did you mean name?"),
-        ("lr=1,2", "got several values, lr=1,2, need one: start one command for each; a list is key=[a,b]"),
+        ("lr=1,2", "got several values, lr=1,2, need one: -m runs one job for each, a list is key=[a,b]"),
         (
             "lr=[1",
             "got lr=[1 (no viable alternative at input '[1'), need key=value: quote special characters",
@@ -221,6 +221,45 @@ def test_hydra_errors_are_one_line(toy: Path, override: str, message: str) -> No
     with pytest.raises(ValueError) as caught:
         compose("toy", [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_seed_stands_for_both_and_choices_can_be_named() -> None:
+    folder = "run_dir='r/${hydra:runtime.choices.feed_forward}-${optim.lr}-${duration.steps}-${seed.init}'"
+    got = raw("train", ["seed=3", folder, "feed_forward=moe_8x", "duration.steps=70", "optim.lr=1e-3"])[0]
+    assert got["seed"] == {"data": 3, "init": 3} and got["run_dir"] == "r/moe_8x-0.001-70-3"
+    assert raw("train", ["seed=3", "seed.data=-1"])[0]["seed"] == {"data": -1, "init": 3}
+    assert raw("generate", ["seed=3", "run=x"])[0]["seed"] == 3  # it has one only
+
+
+def test_a_sweep_is_the_overrides_of_its_jobs(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert points("toy", ["model=tiny,big", "lr=1,2"]) == [
+        [f"model={model}", f"lr={lr}"] for model in ("tiny", "big") for lr in (1, 2)
+    ]
+    (toy / "experiment/e2.yaml").write_text(
+        "# @package _global_\nhydra: {sweeper: {params: {model.dim: '3,4', lr: '1,2'}}}\nlr: 3e-3\n"
+    )
+    assert points("toy", ["experiment=e2", "lr=5"]) == [[f"model.dim={n}", "lr=5", "experiment=e2"] for n in (3, 4)]
+    with pytest.raises(ValueError, match=r"got 'hydra.run.dir=x', need a key of moma, or hydra/launcher, "):
+        points("toy", ["hydra.run.dir=x"])
+
+
+def test_durations_and_interpolations_of_a_sweep_reach_its_jobs() -> None:
+    folder = "run_dir=runs/${optim.lr}-s${seed.init}"
+    jobs = points("train", ["seed=0,1", folder, "eval.interval.steps=4,5", "duration={tokens: 1e6}"])
+    assert (
+        len(jobs) == 4
+        and jobs[3][0] == "seed=1"
+        and jobs[3][2:] == ["eval.interval.steps=5", "duration.tokens=1000000.0"]
+    )
+    got = raw("train", jobs[3])[0]
+    assert (got["run_dir"], got["eval"]["interval"], got["duration"]) == ("runs/0.01-s1", {"steps": 5}, {"tokens": 1e6})
+
+
+def test_a_launcher_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="got hydra/launcher=cloud, need basic, or joblib or slurm with their packages"
+    ):
+        config.multirun("train", ["hydra/launcher=cloud"], tmp_path, "x", print)
 
 
 def test_a_search_path_adds_options(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
