@@ -30,11 +30,11 @@ moma compare runs/* out=comparison > compare.txt 2>&1
 compared=$?
 python - "$record" "$first" "$second" "$compared" << 'END'
 import json, sys
+from moma.log import MEASURED
 record, *statuses = sys.argv[1:]
 jobs = [json.load(open(path))["jobs"] for path in ("first.json", f"{record}/sweep.json")]
-timed = ("tokens_per_second", "data_wait_s", "time/", "mfu", "memory")
 runs = [
-    [{k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in open(f"{run}/metrics.jsonl")]
+    [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in open(f"{run}/metrics.jsonl")]
     for run in ("runs/moe_8x-s1", "straight")
 ]
 result = {
