@@ -86,7 +86,7 @@ VERBS = {
     "prepare": Verb("raw documents -> token shards", "moma.prepare:PrepareConfig", "moma.prepare:main"),
     "train_bpe": Verb("text tokenizer", "moma.train_bpe:TrainBpeConfig", "moma.train_bpe:train_bpe", False),
     "train_vq": Verb("image tokenizer", "moma.train_vq:TrainVqConfig", "moma.train_vq:train_vq", False),
-    "train": Verb("pre-train a model, or its causal routers", "moma.train:TrainConfig", "moma.train:main"),
+    "train": Verb("pre-train a model, or its causal routers", "moma.run:TrainConfig", "moma.train:main"),
     "upcycle": Verb("seed checkpoint -> sparse checkpoint", "moma.upcycle:UpcycleConfig", "moma.upcycle:main"),
     "evaluate": Verb("checkpoint -> eval.json", "moma.evaluate:EvaluateConfig", "moma.evaluate:main"),
     "generate": Verb("checkpoint -> text and pictures", "moma.generate:GenerateConfig", "moma.generate:main"),

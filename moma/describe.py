@@ -17,8 +17,8 @@ from moma.model.depth import DEPTHS, DepthConfig, FullDepthConfig
 from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig
 from moma.model.flops import padding_of, parts_of, totals
 from moma.model.transformer import Architecture, ModelConfig, Transformer
+from moma.run import DataConfig
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
-from moma.train import DataConfig
 
 
 @dataclass(frozen=True)

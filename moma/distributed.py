@@ -19,6 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,8 @@ from moma.model.precision import wants_full_precision
 from moma.model.transformer import Transformer
 
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What gloo and NCCL say where the process at the other end is gone, or silent for too long.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
 BUCKET = 2**24  # numbers summed together: bounds what a reduction copies
 
 # FLOP/s of bf16 matmuls without sparsity, by what a GPU's name holds (data sheets)
@@ -62,11 +65,14 @@ class ParallelConfig:
     reshard: bool = True  # give up a block's parameters after its forward and fetch them again for its backward
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # of gradients on their way between processes
     recompute: Literal["none", "selective", "full"] = "none"  # a block's activations, in backward
+    timeout_min: float = 30.0  # minutes that a process waits for the others before it gives up
     peak_flops: float | None = None  # FLOP/s of one device, for the MFU; None: those of a known GPU, else no MFU
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"got threads={self.threads}, need at least 1, or null for torch's choice")
+        if self.timeout_min <= 0:
+            raise ValueError(f"got parallel.timeout_min={self.timeout_min}, need minutes above 0: change it")
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"got parallel.processes={self.processes}, need at least 1, or null for this process")
         if self.replicas < 1 or (self.replicas > 1 and not self.shard):
@@ -152,7 +158,7 @@ def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[Ranks]:
+def process_group(device: str, timeout_min: float = 30.0) -> Iterator[Ranks]:
     """Join the process group that `torchrun` announces, alone without one; a GPU rank takes the GPU of its number.
 
     A group that there is already is used and kept.
@@ -163,13 +169,21 @@ def process_group(device: str) -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks(0, 1)
         return
+    timeout = timedelta(minutes=timeout_min)
     if choose_device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        dist.init_process_group("nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        raise OSError(
+            f"got no answer from another process of {dist.get_world_size()} ({str(error).splitlines()[0]}), need all: "
+            "see which one ended and why, then run the same command: it goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -33,9 +33,9 @@ from moma.generation.interleaved import generate
 from moma.model.feed_forward import Mode
 from moma.model.flops import parts_of, totals
 from moma.model.transformer import Transformer
+from moma.run import DataConfig, require_held_out, validation_batches
 from moma.tokenizer.image import ImageTokenizer
 from moma.tokenizer.text import TextTokenizer
-from moma.train import DataConfig, require_held_out, validation_batches
 from moma.vqgan.metrics import PictureFeatures, kernel_distance, picture_features
 
 ROWS = 256  # pictures drawn at once

@@ -39,9 +39,9 @@ from moma.meter import Meter
 from moma.modality import Vocabulary
 from moma.model.transformer import Architecture, ModelConfig
 from moma.objectives import NextTokenConfig
+from moma.run import git_state, provenance
 from moma.tokenizer.chameleon import chameleon_asset, read_vocabulary_file, vocabulary_of
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
-from moma.train import git_state, provenance
 from moma.vqgan.convert import read_hf, read_taming
 from moma.vqgan.model import save_vq
 

@@ -9,6 +9,7 @@ waiting for a device is the caller's.
 """
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -132,7 +133,7 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # a failed write leaves nothing behind that closing would write again
         size = self._file.tell()
         if size < (offset or 0):
             self._file.close()
@@ -160,10 +161,23 @@ class RunLog:
         if self._file is None:
             return
         line = {"step": step} | {name: _finite(value) for name, value in values.items()}
-        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(
+                f"got {self._file.name} that cannot be written ({error.strerror}), need room for a line per step: make "
+                "room, then run the same command: it goes on from the last checkpoint"
+            ) from error
         if self._wandb is not None:
-            self._wandb.log({name: line[name] for name in values if line[name] is not None}, step=step)
+            try:
+                self._wandb.log({name: line[name] for name in values if line[name] is not None}, step=step)
+            except Exception as error:  # its service has died, in whatever way: the file is the record
+                print(
+                    f"W&B gets no more numbers of this run ({error}): they stand in {self._file.name}", file=sys.stderr
+                )
+                self._wandb = None
 
     def offset(self) -> int | None:
         """Bytes of metrics.jsonl, safely on disk, for the checkpoint; None where this process writes none."""
@@ -196,7 +210,7 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any], wan
             config=resolved,
             id=wandb_id,
             resume="allow" if wandb_id else None,
-            settings=wandb.Settings(init_timeout=WANDB_WAIT_S),
+            settings=wandb.Settings(init_timeout=WANDB_WAIT_S, finish_timeout=2 * WANDB_WAIT_S),
         )
 
     try:

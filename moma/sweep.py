@@ -55,7 +55,7 @@ class _HandOver(BaseException):
 
 
 def _train_folder(composed: Composed) -> Path:
-    return composed.config.run_dir or locate("moma.train:default_run_dir")(composed)
+    return composed.config.run_dir or locate("moma.run:default_run_dir")(composed)
 
 
 def _upcycle_folder(composed: Composed) -> Path:

@@ -44,9 +44,7 @@ from moma.model.routing import SELECTIONS
 from moma.model.transformer import ARCHITECTURE, Architecture, Transformer, build_model
 from moma.objectives import NextTokenConfig, Tallies, freeze_for, is_aux, loss_tallies, router_tallies, routing_noise
 from moma.optim import build_optimizer, learning_rate
-from moma.seeds import generator
-from moma.tokenizer.vocab import asset_folder, load_vocabulary
-from moma.train import (
+from moma.run import (
     TrainConfig,
     default_run_dir,
     git_state,
@@ -57,6 +55,8 @@ from moma.train import (
     training_plan,
     validation_batches,
 )
+from moma.seeds import generator
+from moma.tokenizer.vocab import asset_folder, load_vocabulary
 
 SAME = (
     "model", "depth", "vocab_hash", "data.rows", "data.row_length", "data.images", "data.mixture", "seed.data", "plan",
@@ -189,6 +189,8 @@ def upcycle(config: UpcycleConfig, run_dir: Path) -> dict[str, Any]:
                 "meter": Meter().state(),
                 "metrics_offset": 0,
                 "window": {},
+                "skipped": 0,
+                "val_loss": None,
                 "wandb_id": None,
                 "total_steps": total,
                 "init_step": None,

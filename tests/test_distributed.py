@@ -86,6 +86,7 @@ def test_replicas_divide_the_processes():
     [
         ({"replicas": 2}, r"got parallel.replicas=2 and shard=False, need at least 1, and shard=true for more"),
         ({"processes": 0}, r"got parallel.processes=0, need at least 1, or null for this process"),
+        ({"timeout_min": 0}, r"got parallel.timeout_min=0, need minutes above 0: change it"),
         ({"threads": 0}, r"got threads=0, need at least 1, or null"),
     ],
 )

@@ -108,9 +108,26 @@ def test_a_server_that_does_not_answer_leaves_the_run_offline(
     calls = a_wandb(monkeypatch, answers=("offline",))
     RunLog(tmp_path, LogConfig(kind="wandb", mode="online"), {}, wandb_id="abc").close()
     assert [call["mode"] for call in calls[:2]] == ["online", "offline"] and calls[2:] == ["finish"]
-    assert {call["id"] for call in calls[:2]} == {"abc"} and calls[0]["settings"] == {"init_timeout": 30.0}
+    assert {call["id"] for call in calls[:2]} == {"abc"}
+    assert calls[0]["settings"] == {
+        "init_timeout": 30.0,
+        "finish_timeout": 60.0,
+    }
     said = capsys.readouterr().err
     assert "W&B does not answer (Timed out): the run is logged offline, `wandb sync" in said
+
+
+def test_a_mirror_that_breaks_leaves_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_wandb(monkeypatch)
+    log = RunLog(tmp_path, LogConfig(kind="wandb"), {})
+    monkeypatch.setattr(log._wandb, "log", lambda line, step: 1 / 0)
+    for step in (1, 2):
+        log.metrics(step, {"loss": 1.0})
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err.count("W&B gets no more numbers of this run (division by zero)") == 1
 
 
 def test_a_wandb_that_cannot_start_at_all_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

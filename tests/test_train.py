@@ -16,7 +16,8 @@ from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
 from moma.log import MEASURED
 from moma.objectives import is_aux
-from moma.train import DataConfig, main, validation_batches
+from moma.run import DataConfig, validation_batches
+from moma.train import main
 
 
 @pytest.fixture(scope="module")

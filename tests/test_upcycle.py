@@ -515,7 +515,7 @@ def test_the_command_resolves_to_the_same_configuration(tmp_path, overrides):
 
 def test_the_run_folder_is_that_of_train_with_a_word_more():
     composed = compose("upcycle", ["seed_run=x", "feed_forward=moe_8x", "seed.init=3"])
-    assert str(upcycled_run_dir(composed)) == "runs/emoji/tiny-moe_8x-upcycled-s3"
+    assert str(upcycled_run_dir(composed)) == "runs/emoji/tiny-moe_8x-upcycled-s3d0"
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ def test_a_run_of_auxiliary_routers_is_no_seed(made, depth, tmp_path):
 
 def test_a_corpus_without_held_out_documents_cannot_be_compared_on(made, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "moma.train.open_corpus", lambda c, split, h: {} if split == "val" else open_corpus(c, split, h)
+        "moma.run.open_corpus", lambda c, split, h: {} if split == "val" else open_corpus(c, split, h)
     )
     with pytest.raises(ValueError, match=r"got no held-out document in .*, need some to .* set report_batches=0"):
         upcycled(made, tmp_path / "run", dense, "feed_forward=moe_4t4i")

@@ -318,8 +318,8 @@ def _across(names: Sequence[str]) -> int:
 
 
 def _plain_log_ticks(ax: Axes, low: float, high: float) -> None:
-    """1, 2, 5 and their like as plain numbers; halves and quarters where the range is narrow."""
-    steps = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16] if high / low > 2.5 else np.arange(0.5, 4, 0.25).tolist()
+    """Powers of two as plain numbers; quarters where the range is narrow."""
+    steps = [0.125, 0.25, 0.5, 1, 2, 4, 8, 16] if high / low > 2.5 else np.arange(0.5, 4, 0.25).tolist()
     ax.xaxis.set_major_locator(FixedLocator([step for step in steps if low <= step <= high]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     ax.xaxis.set_minor_formatter(NullFormatter())

@@ -168,10 +168,11 @@ class Transformer(nn.Module):
         routers = self.routers()
         for name, values in observed.items():
             router = routers[name]
-            before = {} if skip is None else {key: value.clone() for key, value in router.routing_state().items()}
+            before = {key: value.clone() for key, value in router.routing_state().items()}
             router.update_routing(values)
-            for key, value in router.routing_state().items() if skip is not None else ():
-                value.copy_(torch.where(skip, before[key], value))
+            if skip is not None:
+                for key, value in router.routing_state().items():
+                    value.copy_(torch.where(skip, before[key], value))
 
 
 def _block(architecture: Architecture, layer: int, modalities: tuple[str, ...], aux_routers: bool) -> Block:
