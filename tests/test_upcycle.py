@@ -581,9 +581,7 @@ def test_a_run_of_auxiliary_routers_is_no_seed(made, depth, tmp_path):
 
 
 def test_a_corpus_without_held_out_documents_cannot_be_compared_on(made, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "moma.run.open_corpus", lambda c, split, h: {} if split == "val" else open_corpus(c, split, h)
-    )
+    monkeypatch.setattr("moma.run.open_corpus", lambda c, split, h: {} if split == "val" else open_corpus(c, split, h))
     with pytest.raises(ValueError, match=r"got no held-out document in .*, need some to .* set report_batches=0"):
         upcycled(made, tmp_path / "run", dense, "feed_forward=moe_4t4i")
     upcycled(made, tmp_path / "run", dense, "feed_forward=moe_4t4i", "report_batches=0")

@@ -200,7 +200,7 @@ def speed_ups(etas: Sequence[Efficiency], names: Sequence[str]) -> Figure:
 
 def _interval_mark(ax: Axes, at: int, found: Interval | None, look: Look, filled: bool, high: float) -> None:
     if found is None:
-        ax.text(1.0, at, " not reached", fontsize=7, color=MUTED, va="center", ha="left")
+        ax.text(1.0, at, " not by every seed", fontsize=7, color=MUTED, va="center", ha="left")
         return
     if found.low is not None and found.high is not None:
         ax.plot([found.low, min(found.high, high)], [at, at], color=look.colour, linewidth=1.4, zorder=2)
