@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -163,26 +162,6 @@ def test_the_pairs_cover_every_two_settings():
     for a, one in enumerate(columns):
         for b, two in list(enumerate(columns))[a + 1 :]:
             assert {(x, y) for x in set(one) for y in set(two)} == set(zip(one, two, strict=True)), (a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_full_product(made, tmp_path, kind):
-    """Every kind with every setting."""
-    settings = list(product(("none", "selective", "full"), ("off", "on"), LAYOUTS, ("fp32", "bf16")))
-    found = on_two(tmp_path, (), [case(made, kind, *one) for one in settings])
-    assert len(found) == 36
-    for one in settings:
-        check(found["-".join((kind, *one))], one[-1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "4t4i"])
-def test_compiled_kernels_shared_out(made, tmp_path, kind):
-    settings = list(product(("none", "selective", "full"), ("on",), ("shard",), ("fp32", "bf16")))
-    found = on_two(tmp_path, (), [case(made, kind, *one) for one in settings], inductor=True)
-    for one in settings:
-        check(found["-".join((kind, *one))], one[-1])
 
 
 def same(one, two):
