@@ -1,10 +1,11 @@
-"""Every kind of model with every setting of `parallel`, two steps on two processes against one: run.py OUT.json [KIND ...]
+"""Every kind of model with every setting of `parallel`: two steps on two processes against one.
 
-    kinds      every feed-forward, depth and attention
-    settings   recompute none, selective, full x compile off, on (graphs) x layout copies, shard, replicas x fp32, bf16
+    run.py OUT.json [KIND ...]      kinds: every feed-forward, depth and attention; settings: recompute none, selective,
+                                    full x compile off, on (graphs) x layout copies, shard, replicas x fp32, bf16
+    run.py OUT.json inductor        kernels, for two kinds
 
-The cases and the bounds are those of tests/test_train_parallel.py, which runs a part of them. Kinds that OUT.json holds are left
-alone, so the same command goes on. `inductor` in the place of kinds: kernels for two kinds.
+Cases and bounds are those of tests/test_train_parallel.py, which runs a part of them. Kinds that OUT.json holds are left
+alone, so the same command goes on.
 """
 
 import json
