@@ -4,8 +4,8 @@
                                     full x compile off, on (graphs) x layout copies, shard, replicas x fp32, bf16
     run.py OUT.json inductor        kernels, for two kinds
 
-Cases and bounds are those of tests/test_train_parallel.py, which runs a part of them. Kinds that OUT.json holds are left
-alone, so the same command goes on.
+Cases and bounds are those of tests/test_train_parallel.py, which runs a part of them. Kinds that OUT.json holds are
+left alone, so the same command goes on.
 """
 
 import json
