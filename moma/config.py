@@ -261,17 +261,24 @@ def _seeds(verb: str, override: str) -> list[str]:
 
 
 def _set_duration(mapping: Any, found: re.Match[str]) -> None:
-    """Replace a duration as a whole: Hydra would merge `{steps: 10}` into `{tokens: 1e6}` and leave both."""
+    """Replace a duration as a whole: Hydra would merge `{steps: 10}` into `{tokens: 1e6}` and leave both.
+
+    A setting that has a unit's name but stands among others (`profile.steps`) is set like any.
+    """
     *parents, name = found["key"].split(".")
     node = mapping
     for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
     old = node.get(name, "") if isinstance(node, dict) else ""
+    new = OmegaConf.to_container(OmegaConf.create(f"{found['unit'] or found['unit2']}: {found['value']}"))
+    if isinstance(old, dict) and found["unit"] in old and not set(old) <= set(_UNITS):
+        old.update(cast(dict[str, Any], new))
+        return
     if not (old is None or (isinstance(old, dict) and set(old) <= set(_UNITS))):
         near = nearest(found["key"], [key.rsplit(".", 1)[0] for key in leaves(mapping)])
         raise ValueError(f"got the unknown duration {found['key']}, need one that `--help` shows{near}")
     assert isinstance(node, dict)
-    node[name] = OmegaConf.to_container(OmegaConf.create(f"{found['unit'] or found['unit2']}: {found['value']}"))
+    node[name] = new
 
 
 def options(group: str, verb: str = "train") -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from moma import config
 from moma.config import VERBS, Duration, Verb, build, compose, diff, kind_field, plain, points, raw, share
+from moma.trace import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -297,3 +298,9 @@ def test_the_defaults_of_a_verb_fill_its_dataclass(verb: str) -> None:
 def test_a_mandatory_folder_is_asked_for_by_its_name() -> None:
     with pytest.raises(ValueError, match=r"got no value for folder, need one: add folder=\.\.\."):
         compose("prepare", ["data=openstax256"])
+
+
+def test_a_setting_with_the_name_of_a_unit_is_no_duration():
+    assert compose("train", ["profile.steps=3"]).config.profile == ProfileConfig(start=10, steps=3)
+    with pytest.raises(ValueError, match="got the unknown duration profil, need one that `--help` shows: did you mean"):
+        compose("train", ["profil.steps=3"])

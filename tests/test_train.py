@@ -315,3 +315,24 @@ def test_a_run_of_losses_that_are_not_finite_ends(made, tmp_path):
     wild = ("optim.lr=1e30", "optim.clip_norm=1e30", "feed_forward=dense", "max_skipped=2")
     with pytest.raises(ValueError, match=r"not finite in 3 steps, .*, need at most max_skipped=2: .* lower optim.lr"):
         main(command(made, tmp_path / "run", *wild))
+
+
+def test_chosen_steps_are_traced_and_sources_and_parts_logged(made, tmp_path):
+    run = tmp_path / "run"
+    assert (
+        main(
+            command(made, run, "feed_forward=moe_4t4i", "profile.start=1", "profile.steps=2", "eval.interval={steps:4}")
+        )
+        == 0
+    )
+    trace = json.loads((run / "profile" / "steps-2-3-rank0.json").read_text())
+    assert any(event.get("name", "").startswith("aten::") for event in trace["traceEvents"])
+    last = lines(run)[-1]
+    per_source = [last[f"loss_source/{name}"] for name in ("pair", "text")]
+    assert min(per_source) < last["loss"] < max(per_source)
+    parts = [value for name, value in last.items() if name.startswith("grad_norm/")]
+    assert sum(value**2 for value in parts) ** 0.5 == pytest.approx(last["grad_norm"], rel=1e-5)
+    assert last["micro_batches"] == last["step"] and last["skipped_steps"] == 0
+    assert last["val_threshold_loss"] > 0
+    with pytest.raises(ValueError, match=r"got profile.start=-1 and profile.steps=0, need 0 or more: steps=0 turns it"):
+        command(made, run, "profile.start=-1")
