@@ -38,7 +38,7 @@ def test_a_failing_stage_stops_with_its_command(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"got exit code 2 from `moma describe model=91m`, need 0"):
         stage = Stage("describe", "the rest", ("describe", "model=91m"))
         quickstart.run_stages((stage,), {"stages": {}}, tmp_path / "quickstart.json")
-    assert "need one of 1_4b, 1_4b_mod, 435m, 435m_mod, 90m, 90m_mod, tiny, tiny_mod" in capfd.readouterr().err
+    assert "need one of 1_4b, 1_4b_mod, 435m, 435m_mod, 90m, 90m_mod, micro, tiny, tiny_mod" in capfd.readouterr().err
 
 
 def test_stages_side_by_side_are_told_apart(tmp_path, capfd):
