@@ -21,17 +21,17 @@ def test_every_command_composes():
 
 def test_a_stage_runs_once_and_its_time_is_kept(tmp_path, capfd):
     record, path = {"stages": {}}, tmp_path / "quickstart.json"
-    stage = Stage("describe", "the rest", ("describe", "output=json"))
+    stage = Stage("prepare", "the rest", ("prepare", "--help"))
     quickstart.run_stages((stage,), record, path)
-    first = json.loads(path.read_text())["stages"]["describe"]
-    assert first["done"] == "moma describe output=json" and first["cpu_s"] > 0
+    first = json.loads(path.read_text())["stages"]["prepare"]
+    assert first["done"] == "moma prepare --help" and first["cpu_s"] > 0
     quickstart.run_stages((stage,), record, path)
     out = capfd.readouterr().out
-    assert out.count('"params_total"') == 1 and "[describe] done before" in out
-    assert json.loads(path.read_text())["stages"]["describe"] == first
-    other = stage._replace(arguments=("describe", "model=90m", "output=json"))
+    assert out.count("settings (key.key=value):") == 1 and "[prepare] done before" in out
+    assert json.loads(path.read_text())["stages"]["prepare"] == first
+    other = stage._replace(arguments=("prepare", "tokenizer=openstax16k", "--help"))
     quickstart.run_stages((other,), record, path)
-    assert capfd.readouterr().out.count('"params_total"') == 1  # another command is run
+    assert capfd.readouterr().out.count("settings (key.key=value):") == 1  # another command is run
 
 
 def test_a_failing_stage_stops_with_its_command(tmp_path, capfd):
@@ -43,12 +43,12 @@ def test_a_failing_stage_stops_with_its_command(tmp_path, capfd):
 
 def test_stages_side_by_side_are_told_apart(tmp_path, capfd):
     record = {"stages": {}}
-    pair = tuple(Stage(name, "the rest", ("describe", f"feed_forward={name}")) for name in ("dense", "moe_8x"))
+    pair = tuple(Stage(name, "the rest", (name, "--help")) for name in ("prepare", "train_bpe"))
     quickstart.run_stages(pair, record, tmp_path / "quickstart.json")
     lines = capfd.readouterr().out.splitlines()
-    for name in ("dense", "moe_8x"):
-        assert any(line.startswith(f"[{name}] total") for line in lines)
-        assert record["stages"][name]["done"] == f"moma describe feed_forward={name}"
+    for name in ("prepare", "train_bpe"):
+        assert any(line.startswith(f"[{name}] moma {name}: ") for line in lines)
+        assert record["stages"][name]["done"] == f"moma {name} --help"
 
 
 def test_budget_is_printed_per_kind(tmp_path, capsys):

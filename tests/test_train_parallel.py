@@ -15,6 +15,8 @@ from moma.distributed import Ranks
 from moma.log import MEASURED
 from moma.model.precision import wants_full_precision
 
+pytestmark = pytest.mark.xdist_group("two ranks")  # one process group for all of them
+
 KINDS = {  # every feed-forward, depth and attention
     "dense": ["feed_forward=dense"],
     "1t1i": ["feed_forward=moe_1t1i"],
@@ -42,7 +44,6 @@ LACKING = [("4t4i", "copies"), ("4t4i", "shard"), ("1t1i", "shard"), ("untied", 
 LAYOUTS = {"copies": [], "shard": SHARD, "replicas": [*SHARD, "parallel.replicas=2"]}
 RUNS = {
     "4t4i": [*KINDS["4t4i"], "eval.interval={steps:4}", "eval.batches=2"],
-    "depth": ["feed_forward=moe_1t1i", "depth=mod"],
 }
 
 
