@@ -29,7 +29,6 @@ from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
 from moma.run import DataConfig
 
-pytestmark = pytest.mark.xdist_group("faults")  # one server for all of them
 STEPS, ACCUMULATION = 8, 2
 
 

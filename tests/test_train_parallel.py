@@ -15,8 +15,6 @@ from moma.distributed import Ranks
 from moma.log import MEASURED
 from moma.model.precision import wants_full_precision
 
-pytestmark = pytest.mark.xdist_group("two ranks")  # one process group for all of them
-
 KINDS = {  # every feed-forward, depth and attention
     "dense": ["feed_forward=dense"],
     "1t1i": ["feed_forward=moe_1t1i"],
@@ -89,11 +87,9 @@ def rows(run_dir):
     return [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in lines]
 
 
-@pytest.fixture(scope="module")
-def together(made, tmp_path_factory):
+def train_and_compare(made, folder):
     """Six steps of each of RUNS on one process and on two; four steps on two that one process continues to six; and
-    the comparisons of single steps."""
-    folder = tmp_path_factory.mktemp("runs")
+    the comparisons of single steps, which are returned."""
     six, four = "duration={steps:6}", "duration={steps:4}"
     runs = [
         arguments(made, folder / f"{name}-{kind}", six, *own, *LAYOUTS[kind])
@@ -114,12 +110,25 @@ def together(made, tmp_path_factory):
     for run in ("elastic-copies", "elastic-shard", "straight"):
         assert train.main(compose("train", arguments(made, folder / f"4t4i-{run}", six, *constant))) == 0
     torch.set_num_threads(threads)
-    return folder, found
+    return found
 
 
-@pytest.fixture
-def runs(together):
-    return together[0]
+def test_two_processes_train_what_one_does(made, tmp_path):
+    """All in one test, since all of it comes from one process group."""
+    found = train_and_compare(made, tmp_path)
+    checks = [(step_of_kind, found, kind) for kind in KINDS]
+    checks += [(step_of_settings, found, pair) for pair in PAIRS]
+    checks += [(step_without_a_modality, found, *one) for one in LACKING]
+    checks += [(what_is_logged, tmp_path, name, layout) for name in RUNS for layout in ("copies", "shard")]
+    checks += [(pieces_of_checkpoints, tmp_path, name) for name in RUNS]
+    checks += [(another_number_of_processes, tmp_path, layout) for layout in ("copies", "shard")]
+    wrong = []
+    for check_it, *given in checks:
+        try:
+            check_it(*given)
+        except AssertionError as error:
+            wrong.append(f"{check_it.__name__}{given[1:]}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
 def check(found, precision):
@@ -132,17 +141,15 @@ def check(found, precision):
     assert found["counts"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_on_two_processes_is_a_step_on_one(together, kind):
-    found = together[1][f"{kind}-none-off-shard-fp32"]
+def step_of_kind(found, kind):
+    found = found[f"{kind}-none-off-shard-fp32"]
     check(found, "fp32")
     for name, (own, all_) in found["held"].items():
         assert own == (all_ if wants_full_precision(name) else all_ / 2), name
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_recomputed_compiled_and_shared_out_steps_are_the_same(together, pair):
-    found = together[1]["-".join(pair)]
+def step_of_settings(found, pair):
+    found = found["-".join(pair)]
     check(found, pair[-1])
     if found["dtypes"]["router"]:  # an eager model with routers
         low = pair[3] != "copies" and pair[-1] == "bf16"
@@ -152,10 +159,9 @@ def test_recomputed_compiled_and_shared_out_steps_are_the_same(together, pair):
         }
 
 
-@pytest.mark.parametrize(("kind", "layout"), LACKING)
-def test_a_process_without_a_modality_takes_part(together, kind, layout):
+def step_without_a_modality(found, kind, layout):
     """The second process sees no image: its image experts run on nothing, and nothing waits for them for ever."""
-    check(together[1][f"{kind}-none-off-{layout}-fp32-lacks"], "fp32")
+    check(found[f"{kind}-none-off-{layout}-fp32-lacks"], "fp32")
 
 
 def test_the_pairs_cover_every_two_settings():
@@ -177,9 +183,7 @@ def same(one, two):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["copies", "shard"])
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_log_what_one_does(runs, name, kind):
+def what_is_logged(runs, name, kind):
     one, two = rows(runs / f"{name}-one"), rows(runs / f"{name}-{kind}")
     assert len(one) == 3
     same(one, two)
@@ -190,8 +194,7 @@ def test_two_processes_log_what_one_does(runs, name, kind):
         torch.testing.assert_close(tensors[0][key], tensors[1][key], rtol=1e-3, atol=2e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_checkpoints_hold_matrices_in_as_many_pieces_as_processes(runs, name):
+def pieces_of_checkpoints(runs, name):
     """Parameters and both moments of AdamW lie in the checkpoint as the processes held them."""
     for kind, pieces in (("copies", 1), ("shard", 2)):
         stored = checkpoint._stored(checkpoint.latest(runs / f"{name}-{kind}" / "checkpoints"))
@@ -202,8 +205,8 @@ def test_checkpoints_hold_matrices_in_as_many_pieces_as_processes(runs, name):
             assert len(sizes) == (1 if wants_full_precision(key) else pieces) and len(set(sizes)) == 1, (key, sizes)
 
 
-@pytest.mark.parametrize("kind", ["elastic-copies", "elastic-shard"])
-def test_another_number_of_processes_continues_a_run(runs, kind):
+def another_number_of_processes(runs, layout):
+    kind = f"elastic-{layout}"
     straight, elastic = rows(runs / "4t4i-straight"), rows(runs / f"4t4i-{kind}")
     same(straight, elastic)
     metas = [checkpoint.read_meta(checkpoint.latest(runs / f"4t4i-{n}" / "checkpoints")) for n in ("straight", kind)]
