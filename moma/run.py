@@ -18,9 +18,7 @@ from moma.config import diff as config_diff
 from moma.data.batch import Batch, build_batch
 from moma.data.plan import Plan, PlanShape
 from moma.data.shards import ShardedSource, corpus_hash, open_corpus
-from moma.distributed import (
-    ParallelConfig,
-)
+from moma.distributed import ParallelConfig
 from moma.export import open_parameters
 from moma.log import LogConfig
 from moma.modality import Vocabulary
@@ -30,9 +28,7 @@ from moma.model.feed_forward import FEED_FORWARDS, FeedForwardConfig, SparseConf
 from moma.model.flops import aux_flops, parts_of, totals
 from moma.model.transformer import ARCHITECTURE, Architecture, ModelConfig, Transformer
 from moma.objectives import OBJECTIVES, AuxRoutersConfig, NextTokenConfig, is_aux
-from moma.optim import (
-    OptimConfig,
-)
+from moma.optim import OptimConfig
 from moma.trace import ProfileConfig
 
 IDENTITY = (
