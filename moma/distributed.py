@@ -254,15 +254,16 @@ def sum_(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
 
     `dtype`: what they travel as, theirs if None.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     waiting: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        full = sum(other.numel() for other in waiting) + tensor.numel() > BUCKET
-        if waiting and (full or tensor.dtype != waiting[0].dtype):
+        if waiting and (size + tensor.numel() > BUCKET or tensor.dtype != waiting[0].dtype):
             _sum_together(waiting, dtype)
-            waiting = []
+            waiting, size = [], 0
         waiting.append(tensor)
+        size += tensor.numel()
     if waiting:
         _sum_together(waiting, dtype)
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moma.distributed import Late, ParallelConfig, Ranks, cut_along, peak_flops, shard_
+from moma.distributed import Late, ParallelConfig, Ranks, average_, cut_along, peak_flops, shard_, sum_
 from moma.model.feed_forward import DenseConfig, SparseConfig
 from moma.model.precision import wants_full_precision
 from moma.model.transformer import Architecture, ModelConfig, build_model
@@ -108,3 +108,19 @@ def test_what_a_step_told_is_read_as_many_steps_late_as_wanted():
     assert list(late.read(1)) == [(1, [0.0, 0.0])]
     assert list(late.read(1)) == []
     assert list(late.read(0)) == [(2, [1.0, 1.0])]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_travel_in_the_type_that_was_asked_for(world):
+    """On a group that sends nothing, a sum is what went in, rounded to what it travelled as; alone, nothing travels."""
+    value = torch.tensor([1 / 3, 1e-3])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        low, full, summed = value.clone(), value.clone(), value.clone()
+        average_([low], torch.bfloat16)
+        average_([full], torch.float32)
+        sum_([summed], torch.bfloat16)
+    finally:
+        dist.destroy_process_group()
+    rounded = value if world == 1 else value.bfloat16().float()
+    assert torch.equal(low, rounded / world) and torch.equal(full, value / world) and torch.equal(summed, rounded)

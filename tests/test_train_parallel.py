@@ -38,8 +38,13 @@ PAIRS = [
     ("mod", "full", "on", "shard", "bf16"),
     ("mod", "selective", "off", "replicas", "fp32"),
 ]
-LACKING = [("4t4i", "copies"), ("4t4i", "shard"), ("1t1i", "shard"), ("untied", "copies")]
-LAYOUTS = {"copies": [], "shard": SHARD, "replicas": [*SHARD, "parallel.replicas=2"]}
+LACKING = [("4t4i", "copies"), ("4t4i", "shard"), ("1t1i", "kept"), ("untied", "copies")]
+LAYOUTS = {
+    "copies": [],
+    "shard": SHARD,
+    "replicas": [*SHARD, "parallel.replicas=2"],
+    "kept": [*SHARD, "parallel.reshard=false"],
+}
 RUNS = {
     "4t4i": [*KINDS["4t4i"], "eval.interval={steps:4}", "eval.batches=2"],
 }
