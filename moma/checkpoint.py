@@ -145,8 +145,9 @@ class Saver:
     process group.
 
     A process keeps one copy of the part of the state that it holds, pinned where that is on a GPU, and uses its memory
-    again: 12 bytes per parameter for fp32 weights and both moments of AdamW. (torch may round pinned memory up to a
-    power of two per tensor.) A write that fails is removed, and raised by the next `save`, `wait` or `close`.
+    again: 12 bytes per parameter for fp32 weights and both moments of AdamW, 8 with moments in bf16. (torch may round
+    pinned memory up to a power of two per tensor.) A write that fails is removed, and raised by the next `save`, `wait`
+    or `close`.
 
     pause_s    seconds that the last `save` took: the copy, and the rest of the write before it if there was one
     write_s    seconds of the last write, up to the new name and the removal of older checkpoints

@@ -95,6 +95,7 @@ VERBS = {
     "export_hf": Verb("Chameleon weights out", "moma.export_hf:ExportHfConfig", "moma.export_hf:main"),
     "report": Verb("run folders -> tables and figures", "moma.report:ReportConfig", "moma.report:main"),
     "export": Verb("checkpoint -> one safetensors file", "moma.export:ExportConfig", "moma.export:main"),
+    "bench": Verb("seconds, beside other systems", "moma.bench:BenchConfig", "moma.bench:main"),
     "compare": Verb("runs -> eta, scaling fits, tables, figures", "moma.compare:CompareConfig", "moma.compare:main"),
 }
 TWO_SEEDS = ("train", "upcycle")  # verbs whose `seed` is {data, init}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from moma.config import Composed, kind_field
-from moma.memory import Recompute, step_memory
+from moma.memory import Recompute, Stored, step_memory
 from moma.modality import Vocabulary
 from moma.model.attention import ATTENTIONS, AttentionConfig, SharedAttentionConfig
 from moma.model.depth import DEPTHS, DepthConfig, FullDepthConfig
@@ -35,6 +35,8 @@ class DescribeConfig:
     aux_routers: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Recompute = "none"  # as parallel.recompute of a run
+    state_dtype: Stored = "fp32"  # of AdamW's moments, as optim.state_dtype of a run
+    grad_dtype: Stored = "fp32"  # of the gradients, as optim.grad_dtype
     parts: int = 1  # processes that share out the parameters
     output: Literal["text", "json"] = "text"
 
@@ -71,7 +73,16 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
         "parts": {name: asdict(part) for name, part in table.items()},
         "padding": {name: asdict(each) for name, each in padding.items()},
         "memory": step_memory(
-            model, vocab, data.rows, data.row_length, data.images, config.precision, config.recompute, config.parts
+            model,
+            vocab,
+            data.rows,
+            data.row_length,
+            data.images,
+            config.precision,
+            config.recompute,
+            config.parts,
+            config.state_dtype,
+            config.grad_dtype,
         ),
         "tokens_per_step": data.tokens_per_step,
         "modality_shares": dict(zip(vocab.modalities, shares, strict=True)),

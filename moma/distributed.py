@@ -12,6 +12,19 @@ functions that work across ranks leave their tensors as they are. Parameters are
 matrices are cut into equal parts (`shard_`, FSDP2) and put together for its forward and its backward, in bf16 where
 they are multiplied in bf16. What is computed in fp32 (norms, routers) is small and stays a copy, so that the numbers
 are those of one process. Losses are scaled by the number of ranks and gradients averaged, which gives their sum.
+
+With `cuda_graphs` each block's forward and backward kernels are recorded once, per place in the model, and replayed
+(torch.compile's graph trees): it saves the host's launches where kernels are small. All results of a micro-batch's
+blocks lie in memory that the next micro-batch's replay writes over, from `begin_pass` on, which the loop calls before
+each:
+
+    hidden states, saved tensors    live within one forward and backward
+    gradients                       must outlive it: `begin_pass` makes room for them outside first, and autograd adds
+    routing statistics              every number kept beyond it is the result of an operation outside of the blocks (a
+                                    tally, a mean over micro-batches); torch raises an error for one that is not
+    what the host reads late        a copy on its way before the next replay, in the order of the same stream
+    parameters                      stay where they are, changed in place; parts that come and go (`shard`) do not
+    shapes and the host             static and not asked, as compiled blocks have it; evaluation runs eagerly
 """
 
 import contextlib
@@ -48,7 +61,8 @@ _aten = torch.ops.aten
 KEPT = {
     *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.sort.stable),
     *(_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default),
-    *(_aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default),
+    *(_aten._scaled_dot_product_cudnn_attention.default, torch.ops.moma.document_attention.default),
+    torch.ops.higher_order.flex_attention,
 }
 
 
@@ -58,6 +72,7 @@ class ParallelConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    cuda_graphs: bool = False  # record the blocks' kernels and replay them: for models whose kernels are small
     threads: int | None = None  # CPU threads; None: as torch finds them
     processes: int | None = None  # to start on this machine; None: this one, or those of `torchrun`
     shard: bool = False  # parameters, gradients and optimizer state among the processes (FSDP2), not copies
@@ -79,6 +94,12 @@ class ParallelConfig:
             raise ValueError(
                 f"got parallel.replicas={self.replicas} and shard={self.shard}, need at least 1, and shard=true for "
                 "more: without it every process holds a copy"
+            )
+        if self.cuda_graphs and (self.compile == "off" or self.device == "cpu" or self.shard):
+            raise ValueError(
+                f"got parallel.cuda_graphs=true with compile={self.compile}, device={self.device}, shard={self.shard}, "
+                "need compiled blocks on a GPU that holds all parameters: set parallel.cuda_graphs=false, or change "
+                "these"
             )
 
 
@@ -125,18 +146,40 @@ def compiles(parallel: ParallelConfig, device: torch.device) -> bool:
     return parallel.compile == "on" or (parallel.compile == "auto" and device.type == "cuda")
 
 
+def shares_out(parallel: ParallelConfig) -> bool:
+    """Whether parameters are shared out among processes (FSDP2), which then casts them itself."""
+    return parallel.shard and dist.is_initialized()
+
+
 def arrange_(model: Transformer, parallel: ParallelConfig, ranks: Ranks, precision: str, device: torch.device) -> None:
     """Make every block recompute, compiled and shared out as the configuration says; raises what `shard_` does."""
     run: Callable[..., Any] = {"none": _run, "selective": _run_keeping, "full": _run_again}[parallel.recompute]
+    if parallel.cuda_graphs and device.type != "cuda":
+        raise ValueError(
+            f"got parallel.cuda_graphs=true on {device.type}, need a GPU: set parallel.cuda_graphs=false, or run where "
+            "one is"
+        )
     if compiles(parallel, device):
         # one graph per kind of block: a model whose layers differ must not run into dynamo's limit
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + 8)
-        run = torch.compile(run, fullgraph=True, dynamic=False)
+        options: dict[str, Any] | None = {"triton.cudagraphs": True} if parallel.cuda_graphs else None
+        run = torch.compile(run, fullgraph=True, dynamic=False, options=options)
     if run is not _run:
         for block in model.blocks:
             block.forward = partial(run, block)
-    if parallel.shard and dist.is_initialized():
+    if shares_out(parallel):
         shard_(model, parallel, ranks, precision, device)
+
+
+def begin_pass(parallel: ParallelConfig, parameters: Iterable[Tensor]) -> None:
+    """Called before every micro-batch's forward: with `cuda_graphs`, its blocks may write over what they returned for
+    the one before. Gradients get memory of their own (zeros) where they have none."""
+    if not parallel.cuda_graphs:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 def _run(block: Block, *inputs: Any) -> Any:

@@ -77,7 +77,7 @@ def run_model(
     disturbances: list[Disturbance] | None = None,
 ) -> tuple[TokenLosses, dict[str, RouterStats]]:
     """One forward pass over a micro-batch with its loss head: per-token losses (T,) and every router's decisions."""
-    mask = document_mask(batch.document_RL)
+    mask = document_mask(batch.document_RL, batch.alone)
     hidden_RLD, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, mode, disturbances=disturbances)
     losses = linear_cross_entropy(
         hidden_RLD.flatten(0, 1),
@@ -230,7 +230,7 @@ def aux_routers(
 ) -> Outcome:
     """Mean BCE over the routers, weighted by the micro-batch's share of the step's targets; the model's own routing
     state stays, only the predictors' cut-offs move."""
-    mask = document_mask(batch.document_RL)
+    mask = document_mask(batch.document_RL, batch.alone)
     _, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups, "train")
     loss, tallies = _aux_loss(stats, detail)
     observed = {

@@ -46,18 +46,20 @@ from moma.distributed import (
     arrange_,
     autocast,
     average_,
+    begin_pass,
     choose_device,
     choose_precision,
     compiles,
     peak_flops,
     process_group,
     send_gradients,
+    shares_out,
     sum_,
 )
 from moma.evaluation import perplexity
 from moma.evaluation.diagnostics import specialisation
 from moma.log import Progress, RunLog, clock
-from moma.memory import step_memory
+from moma.memory import RESIDENT, step_memory
 from moma.meter import Meter
 from moma.modality import Vocabulary
 from moma.model.depth import DepthBlock
@@ -68,6 +70,7 @@ from moma.model.transformer import Transformer, build_model
 from moma.objectives import OBJECTIVES, Tallies, freeze_for, is_aux, routing_noise
 from moma.optim import (
     build_optimizer,
+    check_accumulation,
     clip_,
     learning_rate,
     norms_by_part,
@@ -90,6 +93,7 @@ from moma.run import (
 )
 from moma.tokenizer.vocab import asset_folder, load_vocabulary
 from moma.trace import Trace
+from moma.twin import Twin, alone, twin_of
 
 SAME_S = 1.0  # seconds within which two signals are one request to stop
 SKIPPED = "skipped.jsonl"  # of a run: steps that were left out, and the documents they would have learnt from
@@ -117,6 +121,7 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
             f"got data.accumulation={config.data.accumulation} micro-batches per step on {ranks.world} processes, need "
             f"a multiple, so that all work alike: set data.accumulation={ranks.world}, or start fewer processes"
         )
+    check_accumulation(config.optim, config.data.accumulation // ranks.world)
     first = ranks.rank == 0
     if config.parallel.threads:
         torch.set_num_threads(config.parallel.threads)
@@ -146,7 +151,8 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
     if config.init_from and not newest:
         init_step = load_parameters(model, config.init_from, identity, needs_aux)
     freeze_for(config.objective, model)
-    arrange_(model, config.parallel, ranks, precision, device)
+    twin = twin_of(model, torch.bfloat16) if precision == "bf16" and not shares_out(config.parallel) else alone(model)
+    arrange_(twin.model, config.parallel, ranks, precision, device)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     state = {
         "model": checkpoint.model_state(model),
@@ -154,6 +160,7 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
     }
     if newest:
         checkpoint.load(newest, state)
+        twin.refresh()
 
     shares = config.data.modality_shares(vocab)
     flops = totals(parts_of(model, config.data.row_length, shares))
@@ -170,6 +177,7 @@ def _train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path, ranks: 
         run_dir,
         vocab,
         model,
+        twin,
         optimizer,
         identity,
         device,
@@ -235,6 +243,7 @@ class _Run:
     run_dir: Path
     vocab: Vocabulary
     model: Transformer
+    twin: Twin
     optimizer: torch.optim.AdamW
     identity: dict[str, Any]
     device: torch.device
@@ -261,7 +270,7 @@ class _Run:
         flops_per_token: float,
     ) -> int:
         """Steps until `total` or a signal; the step itself is the block between the rulers. `log`: the first rank's."""
-        config, stream = self.config, iter(loader)
+        config, model, stream = self.config, self.twin.model, iter(loader)
         objective = OBJECTIVES[config.objective.kind][1]
         units = (config.data.tokens_per_step, flops_per_token)
         eval_every = config.eval.interval and max(1, config.eval.interval.to_steps(*units, self.total))
@@ -290,10 +299,11 @@ class _Run:
                     # whether a process is asked to stop, and whether each micro-batch's loss is not finite
                     told = torch.zeros(1 + config.data.accumulation, device=self.device)
                     for batch in batches:
-                        send_gradients(self.model, batch is batches[-1])
+                        send_gradients(model, batch is batches[-1])
+                        begin_pass(config.parallel, self.model.parameters())
                         with autocast(self.precision, self.device):
                             loss, tallies, seen = objective(
-                                config.objective, self.model, batch, denominator, self.vocab, logs, self._drawn(batch)
+                                config.objective, model, batch, denominator, self.vocab, logs, self._drawn(batch)
                             )
                         (loss * self.ranks.world).backward()
                         told[1 + batch.number % config.data.accumulation] = ~loss.detach().isfinite()
@@ -319,6 +329,7 @@ class _Run:
                     lr = learning_rate(step, self.total, config.optim, *units)
                     set_learning_rate(self.optimizer, lr)
                     step_(self.optimizer, skip)
+                    self.twin.refresh()
                     self.optimizer.zero_grad(set_to_none=True)
                     sum_([values for state in observed.values() for values in state.values()])
                     self.model.update_routing(observed, skip)
@@ -528,7 +539,8 @@ class _Run:
         )
         parts = self.ranks.world // config.parallel.replicas if config.parallel.shard else 1
         shape = (data.rows, data.row_length, data.images)
-        memory = step_memory(model, self.vocab, *shape, self.precision, config.parallel.recompute, parts)
+        stored = (config.optim.state_dtype, config.optim.grad_dtype)
+        memory = step_memory(model, self.vocab, *shape, self.precision, config.parallel.recompute, parts, *stored)
         copies = (
             f"{self.ranks.world} processes, {f'in {parts} parts' if parts > 1 else 'each a copy'}, "
             if self.ranks.world > 1
@@ -536,7 +548,7 @@ class _Run:
         )
         print(
             f"  {copies}about {memory['peak'] / 2**30:.2f} GiB each (eager): parameters, gradients and AdamW "
-            f"{(memory['parameters'] + memory['gradients'] + memory['optimizer']) / 2**30:.2f}, activations "
+            f"{sum(memory[kind] for kind in (*RESIDENT, 'gradients')) / 2**30:.2f}, activations "
             f"{memory['activations'] / 2**30:.2f}"
         )
         left, rate = (self.total - step) * per_step * per_token, _pace(meta.get("meter"))

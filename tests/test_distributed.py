@@ -6,7 +6,21 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moma.distributed import Late, ParallelConfig, Ranks, average_, cut_along, peak_flops, shard_, sum_
+from moma.benchmarks.micro_batch import micro_batch, vocabulary
+from moma.distributed import (
+    Late,
+    ParallelConfig,
+    Ranks,
+    arrange_,
+    autocast,
+    average_,
+    begin_pass,
+    cut_along,
+    peak_flops,
+    shard_,
+    sum_,
+)
+from moma.model.attention import document_mask
 from moma.model.feed_forward import DenseConfig, SparseConfig
 from moma.model.precision import wants_full_precision
 from moma.model.transformer import Architecture, ModelConfig, build_model
@@ -88,11 +102,59 @@ def test_replicas_divide_the_processes():
         ({"processes": 0}, r"got parallel.processes=0, need at least 1, or null for this process"),
         ({"timeout_min": 0}, r"got parallel.timeout_min=0, need minutes above 0: change it"),
         ({"threads": 0}, r"got threads=0, need at least 1, or null"),
+        ({"cuda_graphs": True, "compile": "off"}, r"got parallel.cuda_graphs=true with compile=off, .*need compiled"),
+        ({"cuda_graphs": True, "device": "cpu"}, r"got .* device=cpu, .*need .* on a GPU .*: set parallel.cuda_graphs"),
+        ({"cuda_graphs": True, "shard": True}, r"got .* shard=True, need .* that holds all parameters: set parallel"),
     ],
 )
 def test_settings_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**wrong)
+
+
+def test_cuda_graphs_need_a_gpu_and_keep_gradients_out_of_the_graphs_memory():
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    parameters[0].grad = torch.ones(2)
+    parameters[2].requires_grad_(False)
+    begin_pass(ParallelConfig(), parameters)
+    assert [p.grad is None for p in parameters] == [False, True, True]
+    graphs = ParallelConfig(cuda_graphs=True)
+    begin_pass(graphs, parameters)
+    assert parameters[0].grad.tolist() == [1, 1] and parameters[1].grad.tolist() == [0, 0]
+    assert parameters[2].grad is None
+    model = build_model(Architecture(ModelConfig(dim=8, n_layers=1, n_heads=2)), 20, seed=0, device="meta")
+    with pytest.raises(ValueError, match="got parallel.cuda_graphs=true on cpu, need a GPU: set parallel.cuda_graphs"):
+        arrange_(model, graphs, Ranks(0, 1), "fp32", torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_graphs_on_a_gpu_give_the_same_gradients(device="cuda"):
+    """Two micro-batches a step, with another content each time; what the routers observed is kept over both."""
+    vocab, gradients, observed = vocabulary(512, 4), [], []
+    for graphs in (False, device == "cuda"):
+        torch.compiler.reset()
+        architecture = Architecture(ModelConfig(dim=64, n_layers=3, n_heads=2), FEED_FORWARDS["4t4i"])
+        model = build_model(architecture, vocab.size, vocab.modalities, seed=0, device=device)
+        parallel = ParallelConfig(compile="on", cuda_graphs=graphs)
+        arrange_(model, parallel, Ranks(0, 1), "bf16", torch.device(device))
+        for step in range(4):
+            model.zero_grad(set_to_none=True)
+            kept = []
+            for number in range(2):
+                batch = micro_batch(vocab, 2, 256, 8, documents=2, seed=2 * step + number).to(device)
+                begin_pass(parallel, model.parameters())
+                mask = document_mask(batch.document_RL)
+                with autocast("bf16", torch.device(device)):
+                    hidden_RLD, stats = model(batch.tokens_RL, batch.position_RL, mask, batch.groups)
+                (hidden_RLD.float() * batch.tokens_RL[..., None].sin()).sum().backward()
+                kept.append([value / 2 for s in stats.values() for value in s.observed.values()])
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        observed.append([a + b for a, b in zip(*kept, strict=True)])
+    for name, wanted in gradients[0].items():
+        assert (gradients[1][name] - wanted).norm() <= 1e-3 * wanted.norm(), name
+    for got, wanted in zip(observed[1], observed[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
 
 
 def test_the_peak_is_that_of_all_devices():

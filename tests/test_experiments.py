@@ -6,23 +6,30 @@ from pathlib import Path
 import pytest
 
 from moma import describe, sweep
-from moma.config import compose, options
+from moma.config import compose, options, points
 
 STUDIES = [name for name in options("experiment") if name not in ("paper", "small")]
 
 
 @cache
+def training(*overrides):
+    return compose("train", list(overrides))
+
+
+@cache
 def plan(name):
-    """One seed of a small twin: the others differ in nothing else."""
+    """One seed of a small twin: the others differ in nothing else. Each point is composed once for all tests."""
     given = ["seed=0"] if "small" in name else ["data.corpus=corpora/mine", "tokenizer=small"]
-    return sweep.plan("train", [f"experiment={name}", *given])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "compose", lambda verb, own: training(*own))
+        return sweep.plan("train", [f"experiment={name}", *given])
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_point_composes(name):
     jobs = plan(name)
     assert len({job.folder for job in jobs}) == len(jobs) >= (1 if name == "table3_mod" else 2)
-    config = compose("train", jobs[0].overrides).config
+    config = training(*jobs[0].overrides).config
     small = "small" in name
     steps = config.duration.to_steps(config.data.tokens_per_step, 1.0, None)
     if small:
@@ -36,14 +43,15 @@ def test_every_point_composes(name):
 
 
 def test_small_twins_have_three_seeds():
-    jobs = sweep.plan("train", ["experiment=fig4_small"])
-    assert len(jobs) == 9 and {job.shown.split()[0] for job in jobs} == {"seed=0", "seed=1", "seed=2"}
-    assert compose("train", jobs[-1].overrides).config.seed.init == 2
+    jobs = points("train", ["experiment=fig4_small"])
+    assert len(jobs) == 9
+    assert [sum(f"seed={seed}" in job for job in jobs) for seed in (0, 1, 2)] == [3, 3, 3]
+    assert training(*jobs[-1]).config.seed.init == 2
 
 
 def test_both_stages_of_upcycling_come_to_the_steps_of_one_run():
     for seeds, targets, total in (("fig6_seed", "fig6", 120_000), ("fig6_small_seed", "fig6_small", 960)):
-        first, second = ([compose("train", job.overrides).config for job in plan(name)] for name in (seeds, targets))
+        first, second = ([training(*job.overrides).config for job in plan(name)] for name in (seeds, targets))
         assert [a.duration.steps + b.duration.steps for a, b in zip(first, second, strict=True)] == [total] * 2
         assert [a.model for a in first] == [b.model for b in second]
         given = ["seed_run=x"] if targets == "fig6_small" else ["seed_run=x", "data.corpus=c", "tokenizer=small"]
@@ -56,7 +64,7 @@ def test_the_points_of_a_study_cost_the_same_per_token():
 
     def of(name, point):
         job = plan(name)[point]
-        choices = compose("train", job.overrides).choices
+        choices = training(*job.overrides).choices
         shape = ["data.rows=2", "data.row_length=4096", "data.images=64", "vocab_size=65536", "tokenizer=small"]
         groups = [f"{group}={choices[group]}" for group in ("model", "feed_forward", "depth")]
         return describe.describe(compose("describe", [*groups, *shape]).config)

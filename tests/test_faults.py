@@ -35,9 +35,13 @@ STEPS, ACCUMULATION = 8, 2
 # ---- in the forked training -----------------------------------------------------------------------------------------
 def serve() -> None:
     """Read requests from stdin, one JSON object a line: fork the ranks of a training, or wait for them."""
+    import torch._dynamo  # what a training would import on its way
+
     import moma.cli
     import moma.train  # noqa: F401
+    from moma.config import compose
 
+    compose("train", [])  # Hydra's plugins too
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -250,7 +254,7 @@ class Server:
         arguments = [
             f"tokenizer={self.tokenizer}", f"data.corpus={self.corpus}", f"run_dir={run}", "data.rows=2",
             "data.row_length=64", "data.images=3", f"data.accumulation={ACCUMULATION}", "model.dim=32",
-            "model.n_layers=2", "model.n_heads=2", "precision=fp32", "parallel.threads=1", "parallel.device=cpu",
+            "model.n_layers=1", "model.n_heads=2", "precision=fp32", "parallel.threads=1", "parallel.device=cpu",
             "optim.lr=1e-2", "eval.interval=null", f"duration={{steps:{STEPS}}}", "log.interval=1",
             "checkpoint.interval={steps:2}", *overrides,
         ]  # fmt: skip

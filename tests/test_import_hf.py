@@ -15,7 +15,7 @@ from moma import checkpoint, evaluate, generate, import_hf, train, upcycle
 from moma.config import compose
 from moma.data.synthetic import write_synthetic
 from moma.hf_chameleon import config_of, layout
-from moma.model.attention import rotate
+from moma.model.attention import rotate, rotation
 from moma.model.transformer import ModelConfig
 from moma.objectives import NextTokenConfig, next_token
 from moma.tokenizer.image import ImageTokenizer, to_tensor
@@ -168,7 +168,8 @@ def test_halves_rotate_as_neighbours_did():
     pairs = torch.view_as_complex((x_LI @ neighbours(weight, 2).T).view(5, 2, size // 2, 2))
     angle = position[:, None] * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None])
-    ours = rotate((x_LI @ weight.T).view(1, 5, 2, size).transpose(1, 2), position[None], theta)[0].transpose(0, 1)
+    turn = rotation(position[None], size, theta, torch.float64)
+    ours = rotate((x_LI @ weight.T).view(1, 5, 2, size).transpose(1, 2), turn)[0].transpose(0, 1)
     torch.testing.assert_close(ours, torch.cat([turned[..., 0], turned[..., 1]], -1))
 
 

@@ -17,6 +17,7 @@ FILES = {
 SERVICES = {
     *("distributed", "optim", "checkpoint", "log", "meter"),
     *("generation", "evaluation", "objectives", "hf_chameleon", "meta_chameleon", "memory", "trace"),
+    "twin",
 }
 PARTS = {"model", "data", "tokenizer", "vqgan"}
 
@@ -26,7 +27,13 @@ DOORS = {
     "omegaconf": {"moma.config", "moma.cli"},
     "wandb": {"moma.log", "moma.analysis.wandb_runs"},
     "tiktoken": {"moma.tokenizer.text"},
-    "transformers": {"moma.hf_chameleon"},
+    "transformers": {"moma.hf_chameleon", "moma.benchmarks.peers", "moma.benchmarks.peers_model"},
+    "torchtitan": {"moma.benchmarks.peers"},
+    "st_moe_pytorch": {"moma.benchmarks.peers"},
+    "scattermoe": {"moma.benchmarks.peers"},
+    "liger_kernel": {"moma.benchmarks.peers"},
+    "cut_cross_entropy": {"moma.benchmarks.peers"},
+    "triton": {"moma.model.kernels"},
     "safetensors": {"moma.hf_chameleon", "moma.vqgan"},
     "matplotlib": {"moma.analysis"},
     "tokenizers": {"moma.train_bpe", "moma.tokenizer.chameleon"},
@@ -67,10 +74,13 @@ def own(name: str) -> set[str]:
     return modules
 
 
+LEAVES = tuple(f"moma.model.{name}" for name in ("routing", "experts", "kernels", "precision"))
+
+
 def layer(name: str) -> int:
     """Place of a module in the picture above; a module imports from its own layer or from below."""
     part = name.split(".")[1] if "." in name else ""
-    if part in ("", "modality", "schema", "seeds") or name.startswith(("moma.model.routing", "moma.model.experts")):
+    if part in ("", "modality", "schema", "seeds") or name.startswith(LEAVES):
         return 0
     if part in PARTS:
         return 1

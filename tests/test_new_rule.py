@@ -59,8 +59,8 @@ experts: {text: 4, image: 4}
 selection: {kind: positive}
 """
 
-TRAIN = """
-import dict_line, pathlib, sys
+SCRIPT = """
+import dict_line, pathlib, pytest, sys
 from moma.cli import main
 from moma.data.synthetic import write_synthetic
 
@@ -68,7 +68,9 @@ tokenizer, corpus, _ = write_synthetic(pathlib.Path("made"), pairs=60, texts=60)
 shape = ["data.rows=2", "data.row_length=64", "data.images=3", "model.dim=32", "model.n_layers=2", "model.n_heads=2"]
 more = [f"tokenizer={tokenizer}", "feed_forward=moe_positive", f"hydra.searchpath=[file://{pathlib.Path.cwd()}/conf]"]
 run = ["duration={tokens: 1024}", "run_dir=run", "eval.interval=null", "optim.lr=1e-2"]
-sys.exit(main(["train", *shape, *more, *run, f"data.corpus={corpus}"]) or main(["describe", *shape, *more]))
+failed = main(["train", *shape, *more, *run, f"data.corpus={corpus}"]) or main(["describe", *shape, *more])
+tests = ["-q", "-p", "no:cacheprovider", "-k", "positive", "--rootdir", *sys.argv[1:]]
+sys.exit(failed or pytest.main(tests))
 """
 
 
@@ -76,20 +78,15 @@ def test_a_rule_of_ones_own(tmp_path):
     (tmp_path / "conf" / "feed_forward").mkdir(parents=True)
     (tmp_path / "positive.py").write_text(FILE)
     (tmp_path / "dict_line.py").write_text(DICT_LINE)
-    (tmp_path / "train_it.py").write_text(TRAIN)
+    (tmp_path / "do_it.py").write_text(SCRIPT)
     (tmp_path / "conf" / "feed_forward" / "moe_positive.yaml").write_text(YAML)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COVERAGE_PROCESS_START": ""}
-    trained = subprocess.run(
-        [sys.executable, "train_it.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert trained.returncode == 0, trained.stderr
-    assert (tmp_path / "run" / "checkpoints" / "step-00000008").is_dir()
     files = ["model/test_feed_forward.py", "model/test_transformer.py", "model/test_block.py"]
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "dict_line", "-p", "no:cacheprovider", "-k", "positive",
-         "--rootdir", str(TESTS.parent), *(str(TESTS / name) for name in files)],
+    done = subprocess.run(
+        [sys.executable, "do_it.py", str(TESTS.parent), *(str(TESTS / name) for name in files)],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert tested.returncode == 0, tested.stdout[-3000:]
-    passed = next(line for line in reversed(tested.stdout.splitlines()) if " passed" in line)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-00000008").is_dir()
+    passed = next(line for line in reversed(done.stdout.splitlines()) if " passed" in line)
     assert int(passed.split(" passed")[0].split()[-1]) >= 40 and "failed" not in passed, passed

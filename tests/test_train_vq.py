@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from moma.cli import main
 from moma.config import compose, raw
 from moma.data.sources.emoji import EmojiConfig
 from moma.distributed import Ranks
@@ -60,10 +62,10 @@ def pictures(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def config(pictures, tmp_path):
+@pytest.fixture(scope="module")
+def settings(pictures):
     return TrainVqConfig(
-        out=tmp_path / "run",
+        out=pictures / "run",
         cache=pictures / "cache",
         twemoji=0,
         openmoji=0,
@@ -85,6 +87,17 @@ def config(pictures, tmp_path):
     )
 
 
+@pytest.fixture
+def config(settings, tmp_path):
+    return dataclasses.replace(settings, out=tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(settings):
+    """A run and its result, for several tests."""
+    return settings, train_vq(settings)
+
+
 def metrics(config):
     return [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
 
@@ -93,8 +106,8 @@ class Killed(Exception):
     pass
 
 
-def test_a_resumed_run_has_the_same_bits(config, tmp_path, monkeypatch):
-    result = train_vq(config)
+def test_a_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
+    config, result = finished
     stopped = dataclasses.replace(config, out=tmp_path / "stopped")
     from moma import train_vq as module
 
@@ -114,8 +127,8 @@ def test_a_resumed_run_has_the_same_bits(config, tmp_path, monkeypatch):
         assert (config.out / "export" / name).read_bytes() == (stopped.out / "export" / name).read_bytes()
 
 
-def test_results_and_files(config):
-    result = train_vq(config)
+def test_results_and_files(finished):
+    config, result = finished
     assert result.keys() == {"parameters", "psnr/val", "ssim/val", "usage/val", "perplexity/val"}
     assert 0 < result["psnr/val"] < 60 and 0 < result["usage/val"] <= 1 <= result["perplexity/val"] <= 16
     assert json.loads((config.out / "result.json").read_text()) == result
@@ -254,23 +267,23 @@ def test_held_out_emoji_concepts_are_never_trained_on(monkeypatch, tmp_path):
 
 
 def test_sizes_take_turns_with_as_many_pixels_each(config):
-    both = dataclasses.replace(config, sizes=(16, 32), batch_size=8)
+    both = dataclasses.replace(config, sizes=(16, 32), batch_size=8, steps=4, eval_every=4)
     assert [both.pictures_of(size) for size in both.picture_sizes] == [8, 2]
     straight = train_vq(both)
     assert {name for name in straight if name.startswith("psnr")} == {"psnr/val@16", "psnr/val@32"}
     grid = Image.open(both.out / "grid.png")
     assert grid.size == (8 * 32, 4 * 32)  # a row of pairs of each size, equally large
     stopped = dataclasses.replace(both, out=config.out.with_name("stopped"))
-    train_vq(dataclasses.replace(stopped, steps=6, checkpoint_every=3))
-    shutil.rmtree(stopped.out / "checkpoints" / "step-00000006")
+    train_vq(stopped)
+    shutil.rmtree(stopped.out / "checkpoints" / "step-00000004")
     assert train_vq(stopped) == straight
 
 
 def test_an_asset_starts_a_run_with_a_larger_code_book(config):
     small = config.out.with_name("small")
-    train_vq(dataclasses.replace(config, export=small))
+    train_vq(dataclasses.replace(config, steps=2, export=small))
     larger = dataclasses.replace(TINY, n_embed=48)
-    start = dataclasses.replace(config, out=config.out.with_name("next"), init_from=small, model=larger)
+    start = dataclasses.replace(config, steps=2, out=config.out.with_name("next"), init_from=small, model=larger)
     players = _players(start)
     old, new = load_vq(small).state_dict(), players.model.state_dict()
     assert all(torch.equal(new[name], old[name]) for name in old.keys() - {"quantize.embedding.weight"})
@@ -289,10 +302,26 @@ def test_sizes_that_cannot_be_trained_are_refused(config, sizes):
         dataclasses.replace(config, sizes=sizes)
 
 
+# `-c TWO_PROCESSES PORT ARGUMENTS...`: one `moma` command as both ranks of a group, imported once
+TWO_PROCESSES = """
+import os, sys
+import moma.cli, moma.train_vq
+port, *arguments = sys.argv[1:]
+ranks = []
+for rank in "01":
+    ranks.append(os.fork())
+    if ranks[-1] == 0:
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+        os._exit(moma.cli.main(arguments))
+sys.exit(any([os.waitpid(rank, 0)[1] for rank in ranks]))
+"""
+
+
 def test_two_processes_train_what_one_does(pictures, tmp_path):
     in_yaml = raw("train_vq", [])[0]["model"]
 
-    def run(out, *launcher):
+    def overrides(out):
         settings = {
             **{"out": out, "cache": tmp_path / "cache", "twemoji": 0, "openmoji": 0, "shift": 1, "threads": 1},
             **{"train_paths": [f"{pictures}/train"], "val_paths": [f"{pictures}/val.tar"], "steps": 4},
@@ -308,15 +337,19 @@ def test_two_processes_train_what_one_does(pictures, tmp_path):
         }
         settings = {key: "null" if value is None else value for key, value in settings.items()}
         plain = str.maketrans("()", "[]", "' ")  # tuples and quotes as Hydra writes lists
-        overrides = [f"{key}={value}".translate(plain) for key, value in settings.items()]
-        command = [sys.executable, *launcher, "-m", "moma.cli", "train_vq", *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        return [f"{key}={value}".translate(plain) for key, value in settings.items()]
+
+    def written(out):
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
-    one = run(tmp_path / "one")
-    two_processes = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    two = run(tmp_path / "two", *two_processes)
+    assert main(["train_vq", *overrides(tmp_path / "one")]) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", TWO_PROCESSES, port, "train_vq", *overrides(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = written(tmp_path / "one"), written(tmp_path / "two")
     assert len(one) == len(two) and one[-1]["step"] == 4
     assert one[0] == pytest.approx(two[0], rel=1e-5)  # before any update: only the order of sums differs
     for a, b in zip(one[1:], two[1:], strict=True):  # Adam's first steps turn the rounding of small gradients into lr

@@ -2,6 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node=1 experiments/at-scale/run.py OUT.json
     ... run.py OUT.json dry=1                      a few steps of small models on CPUs
+    ... run.py OUT.json only=NAME,NAME             some of the cases
 
 Trains through `moma train` on a made-up corpus with the paper's vocabulary (65,536; pictures of 1,024 codes). Between
 two lines of the log nothing may make the host wait: on a GPU torch's sync debug mode is set to "error", on a CPU the
@@ -31,7 +32,10 @@ CASES = {
     "435m-dense": ["model=435m", "feed_forward=dense", "data.rows=6"],
     "435m-moe_4t4i": ["model=435m", "feed_forward=moe_4t4i", "data.rows=6"],
     "1_4b-dense": ["model=1_4b", "feed_forward=dense", "data.rows=4"],
+    # as many images in a micro-batch as come: padded groups
+    "435m-moe_4t4i-mixed": ["model=435m", "feed_forward=moe_4t4i", "data.balance=false", "data.rows=6"],
 }
+PAUSES = ("_validate", "_save", "_refuse_bad_parameters")  # where the loop waits on purpose, once in a while
 WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.item", "aten.unique")
 
 
@@ -77,8 +81,8 @@ def watch(waits: Waits, warm: int) -> Callable[[], dict[str, int]]:
 
     train.step_ = step_
     train._means = allowed(train._means)
-    train._Run._validate = allowed(train._Run._validate)
-    train._Run._save = allowed(train._Run._save)
+    for name in PAUSES:
+        setattr(train._Run, name, allowed(getattr(train._Run, name)))
     Saver.wait = allowed(Saver.wait)
 
     def summary() -> dict[str, int]:
@@ -98,7 +102,13 @@ def run(name: str, overrides: list[str], folder: Path, steps: int, made: list[st
     torch._dynamo.reset()
     counters.clear()
     waits, run_dir = Waits(), folder / name
-    saved = (train.step_, train._means, train._Run._validate, train._Run._save, Saver.wait)
+    saved = (train.step_, train._means, Saver.wait, *(getattr(train._Run, name) for name in PAUSES))
+
+    def restore() -> None:
+        train.step_, train._means, Saver.wait, *pauses = saved
+        for name, function in zip(PAUSES, pauses, strict=True):
+            setattr(train._Run, name, function)
+
     summary = watch(waits, 5)
     command = [
         *made, *overrides, f"run_dir={run_dir}", f"duration={{steps:{steps}}}", "parallel.shard=true",
@@ -113,12 +123,12 @@ def run(name: str, overrides: list[str], folder: Path, steps: int, made: list[st
                 assert train.main(compose("train", [*command, "parallel.compile=off"])) == 0
             summary()
             shutil.rmtree(run_dir)
-            train.step_, train._means, train._Run._validate, train._Run._save, Saver.wait = saved
+            restore()
             summary = watch(waits, 5)
         assert train.main(compose("train", command)) == 0
     finally:
         found = summary()
-        train.step_, train._means, train._Run._validate, train._Run._save, Saver.wait = saved
+        restore()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
     newest = latest(run_dir / "checkpoints")
     assert newest is not None
@@ -140,8 +150,8 @@ def run(name: str, overrides: list[str], folder: Path, steps: int, made: list[st
     return result
 
 
-def main(out: Path, dry: bool) -> int:
-    """All cases; nonzero if the host waited or a graph was traced again."""
+def main(out: Path, dry: bool, names: list[str]) -> int:
+    """The named cases; nonzero if the host waited or a graph was traced again."""
     folder = Path(tempfile.mkdtemp())
     sizes = {"image_codes": 64, "grid": (8, 8)} if dry else {"image_codes": 8192, "grid": (32, 32), "text_size": 57_000}
     tokenizer, corpus, vocab = write_synthetic(folder, pairs=300, texts=40_000 if not dry else 2000, **sizes)
@@ -149,7 +159,8 @@ def main(out: Path, dry: bool) -> int:
     results: dict[str, Any] = {"torch": torch.__version__, "vocabulary": vocab.size}
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     with process_group("auto") as ranks:
-        for name, overrides in CASES.items():
+        for name in names:
+            overrides = CASES[name]
             if dry:
                 small = ["model.dim=64", "model.n_layers=2", "model.n_heads=2", "data.rows=2", "data.row_length=256"]
                 overrides = [*overrides, *small, "data.images=3"]
@@ -161,9 +172,10 @@ def main(out: Path, dry: bool) -> int:
                 print(name, json.dumps(results[name]), flush=True)
                 out.write_text(json.dumps(results, indent=1) + "\n")
     shutil.rmtree(folder)
-    cases = [results[name] for name in CASES]
+    cases = [results[name] for name in names]
     return int(any(case["waits"] or case["graphs"] != case["graphs_after_warm_up"] for case in cases))
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), "dry=1" in sys.argv[2:]))
+    chosen = [each.removeprefix("only=").split(",") for each in sys.argv[2:] if each.startswith("only=")]
+    sys.exit(main(Path(sys.argv[1]), "dry=1" in sys.argv[2:], chosen[0] if chosen else list(CASES)))

@@ -44,6 +44,7 @@ class Batch:
     groups: TokenGroups
     n_targets: int
     exact: bool
+    alone: bool = False  # every row is one document, without padding
     source_RL: Tensor | None = None
     sources: tuple[str, ...] = ()
 
@@ -108,6 +109,7 @@ def build_batch(
         groups=groups,
         n_targets=int((target != IGNORE).sum()),
         exact=micro_batch.exact,
+        alone=not document.any(),
         source_RL=torch.from_numpy(source),
         sources=tuple(places),
     )

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moma.generation.kv_cache import Decoder
+from moma.generation.kv_cache import Decoder, cast_once, compute_dtype
 from moma.generation.sampling import OWN, Sampling, guided, guided_three_way, row_uniforms, sample
 from moma.modality import Vocabulary
 from moma.model.feed_forward import CAUSAL_MODES, Mode
@@ -168,6 +168,7 @@ def generate(
         scales = 1.0, 1.0  # no picture can come: no row for its guidance
     streams = _streams(*scales)
     uniform_RN = row_uniforms(seed, range(len(prompts)) if rows is None else rows, max_new_tokens).to(device)
+    model = cast_once(model)
     heads = _Heads(model, vocab, prompts)
 
     histories = [[stream(prompt, vocab) for prompt in prompts] for stream in streams]
@@ -267,16 +268,17 @@ def _feed(decoder: Decoder, feeds: list[list[_Feed]], device: torch.device) -> T
 
 
 class _Heads:
-    """The head's rows that text and pictures read, and the text ids (never structure) each row has seen."""
+    """The head's rows that text and pictures read, in the compute type, and the text ids (never structure) that each
+    row has seen."""
 
     def __init__(self, model: Transformer, vocab: Vocabulary, prompts: Sequence[Sequence[int]]) -> None:
         weight_VD = model.head.weight
-        structure = [vocab.eos, vocab.boi]
-        self.n_structure = len(structure)
-        ids = [*structure, *range(vocab.text_start, vocab.text_stop)]
-        self.text_ids_V = torch.tensor(ids, device=weight_VD.device)
-        self.text_weight_VD = weight_VD[self.text_ids_V]
-        self.image_weight_VD = weight_VD[vocab.image_start : vocab.image_stop]
+        ranges = [(vocab.eos, vocab.eos + 1), (vocab.boi, vocab.boi + 1), (vocab.text_start, vocab.text_stop)]
+        self.n_structure = 2
+        self.text_ids_V = torch.cat([torch.arange(*part, device=weight_VD.device) for part in ranges])
+        low = compute_dtype(model)
+        self.text_weight_VD = torch.cat([weight_VD[start:stop].to(low) for start, stop in ranges])
+        self.image_weight_VD = weight_VD[vocab.image_start : vocab.image_stop].to(low)
         seen = torch.zeros(len(prompts), vocab.size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             seen[row, [t for t in prompt if vocab.text_start <= t < vocab.text_stop]] = True

@@ -29,13 +29,21 @@ from moma.model.block import Block
 from moma.model.depth import DepthBlock
 from moma.model.feed_forward import Mode
 from moma.model.transformer import Transformer
+from moma.twin import twin_of
 
 
 def compute_dtype(model: Transformer) -> torch.dtype:
-    """Type of keys and values: the autocast type where autocast is on, else the parameters'."""
-    device = model.embedding.weight.device.type
-    on = torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else model.embedding.weight.dtype
+    """Type of keys and values: the autocast type where autocast is on, but for float64, else the parameters'."""
+    weight = model.embedding.weight
+    on = torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(weight.device.type) if on else weight.dtype
+
+
+def cast_once(model: Transformer) -> Transformer:
+    """The model with its blocks' matrices in the compute type, which autocast would cast at every token; the same
+    numbers. Itself where there is nothing to cast."""
+    low = compute_dtype(model)
+    return model if low == model.embedding.weight.dtype else twin_of(model, low).model
 
 
 def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:

@@ -11,11 +11,16 @@ The tokens are gathered in the order of their modalities, go through one matmul 
 shared weights multiply, also where the modalities' counts are known on the device only (padded groups: the grouped
 matmul of `experts.py`). Padding tokens have no modality: their q, k, v and outputs are exact zeros.
 
-The mask is built once per micro-batch, outside the blocks: a boolean tensor on the CPU (FlexAttention has no backward
-there), a FlexAttention BlockMask on a GPU. On the CPU, rows of up to SHORT_ROW keys in bf16 take two plain matmuls:
-SDPA does not use the processor's bf16 units and takes 2.6 times as long (512 keys, head dim 64, forward + backward).
-RoPE is our own dozen lines because the library's computes in fp32 whatever its input is, which float64 references
-rule out.
+The mask is built once per micro-batch, outside the blocks, on the device's own stream and without waiting for it:
+
+    CPU                                 the documents themselves: `blocked_attention.py` skips what nobody may see
+    GPU, rows shorter than FLEX_ROW     boolean, for SDPA
+    GPU, longer rows                    FlexAttention BlockMask, from the documents of every 128 tokens (`flex_mask`)
+    GPU, rows of one document each      none: SDPA's causal kernels; only the host can know, so it must say so
+
+Cached decoding has boolean masks everywhere. RoPE is our own dozen lines because the library's computes in fp32
+whatever its input is, which float64 references rule out. Its cosines and sines are made once for all layers
+(`rotation`): a compiled block would compute them for every head, layer and pass again.
 
 Legend: R rows, L positions in a row, T = R L tokens, D dim, H heads, G key/value heads, J = H + 2 G, A head dim;
 M modalities, N tokens of one modality, S slots of all, I and O inputs and outputs of a matrix.
@@ -23,19 +28,33 @@ M modalities, N tokens of one modality, S slots of all, I and O inputs and outpu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from moma.modality import TokenGroups
+from moma.model.blocked_attention import document_attention
 from moma.model.experts import combine, dispatch, grouped_matmul, slots_of_tokens
 
 QkNorm = Literal["shared", "per_head", "none"]
-SHORT_ROW = 1024  # keys: beyond it the score matrix costs more memory than the matmuls save time
-_compiled_flex_attention: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+# keys from which FlexAttention beats SDPA under a boolean mask on a GPU: 0.72 times its tokens/s at 512 keys, 1.31
+# times at 2048, 2.34 times at 8192 (one H200, 125M parameters: KempnerForge, pull request 207); 1024 was not measured
+FLEX_ROW = 2048
+FLEX_BLOCK = 128  # tokens of a BlockMask's block, queries and keys alike
+# cuDNN trains 1.7 to 2.3 times as fast as FlashAttention 2, SDPA's first choice, on an H100 (transformers, issue 48163)
+CAUSAL_BACKENDS = [
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+]
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)  # when it is first wanted: it loads the compiler
 
 
 @dataclass(frozen=True)
@@ -59,49 +78,113 @@ AttentionConfig = SharedAttentionConfig | UntiedAttentionConfig
 class AttentionMask(NamedTuple):
     """Which keys each query sees.
 
-    `keys`: a boolean SDPA mask (R, 1, L, L_keys), or a FlexAttention BlockMask. `document_RL`: the document numbers
-    the mask was made from, so that a layer can make that of some of its tokens; None in cached decoding.
+    `keys`: a boolean SDPA mask (R, 1, L, L_keys), a FlexAttention BlockMask, document numbers (R, L) in runs (on a
+    CPU), or None: all keys up to the query's own.
+    `document_RL`: the document numbers the mask was made from, so that a layer can make that of some of its tokens;
+    None in cached decoding.
     """
 
     keys: Any
     document_RL: Tensor | None = None
 
 
-def document_mask(document_RL: Tensor) -> AttentionMask:
-    """What every layer of a micro-batch attends to, from document numbers int64 (R, L)."""
-    n_rows, length = document_RL.shape
-    if document_RL.device.type == "cuda":
+def document_mask(document_RL: Tensor, alone: bool = False) -> AttentionMask:
+    """What every layer of a micro-batch attends to, from document numbers int64 (R, L), in runs: a document's tokens
+    follow each other.
 
-        def same_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (document_RL[row, query] == document_RL[row, key])
+    `alone`: every row is known to be one document, without padding; a GPU then takes SDPA's causal kernels.
+    """
+    if document_RL.device.type != "cuda":
+        return AttentionMask(document_RL, document_RL)
+    if alone:
+        return AttentionMask(None, document_RL)
+    long = document_RL.shape[1] >= FLEX_ROW
+    return AttentionMask(flex_mask(document_RL) if long else dense_mask(document_RL), document_RL)
 
-        keys = create_block_mask(same_document, n_rows, None, length, length, document_RL.device)
-        return AttentionMask(keys, document_RL)
+
+def dense_mask(document_RL: Tensor) -> Tensor:
+    """The same as a boolean mask (R, 1, L, L)."""
+    length = document_RL.shape[1]
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=document_RL.device).tril()
-    keys_RLL = (document_RL[:, None, :, None] == document_RL[:, None, None, :]) & causal_LL
-    return AttentionMask(keys_RLL, document_RL)
+    return (document_RL[:, None, :, None] == document_RL[:, None, None, :]) & causal_LL
 
 
-def rotate(x_RHLA: Tensor, position_RL: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); computed in at least fp32."""
-    wide, half = torch.promote_types(x_RHLA.dtype, torch.float32), x_RHLA.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x_RHLA.device, dtype=wide) / half)
+def flex_mask(document_RL: Tensor) -> BlockMask:
+    """The same as a FlexAttention BlockMask: (R, L) -> blocks of FLEX_BLOCK queries times keys that attention visits.
+
+    Two blocks may meet if their ranges of document numbers overlap, and see each other in full if both hold one
+    document alone, the same; the mask itself decides inside the others. Exact for any numbers, and tight where a
+    document's tokens stand together. Some thirty small operations on (L / 128)^2 numbers per row, where
+    `create_block_mask` looks at L^2 and wants to be compiled for every shape.
+    """
+    n_rows, length = document_RL.shape
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_RL[row, query] == document_RL[row, key])
+
+    n_blocks, device = -(-length // FLEX_BLOCK), document_RL.device
+    token = torch.arange(n_blocks * FLEX_BLOCK, device=device).clamp(max=length - 1)  # the last one fills its block up
+    low_RN, high_RN = document_RL[:, token].view(n_rows, n_blocks, FLEX_BLOCK).aminmax(dim=-1)
+    place_N = torch.arange(n_blocks, device=device)
+    meet_RNN = (low_RN[:, :, None] <= high_RN[:, None]) & (low_RN[:, None] <= high_RN[:, :, None])
+    meet_RNN &= place_N[:, None] >= place_N
+    alone_RN = low_RN == high_RN
+    whole_N = (place_N + 1) * FLEX_BLOCK <= length
+    full_RNN = meet_RNN & alone_RN[:, None] & alone_RN[:, :, None] & (place_N[:, None] > place_N) & whole_N[:, None]
+
+    def listed(blocks_RNN: Tensor) -> tuple[Tensor, Tensor]:  # how many blocks each one visits, and these first
+        blocks_R1NN = blocks_RNN[:, None].to(torch.int32)
+        order_R1NN = blocks_R1NN.argsort(dim=-1, descending=True, stable=True)
+        return blocks_R1NN.sum(-1, dtype=torch.int32), order_R1NN.to(torch.int32)
+
+    part_RNN = meet_RNN & ~full_RNN
+    lists = (*listed(part_RNN), *listed(full_RNN), *listed(part_RNN.mT), *listed(full_RNN.mT))
+    return BlockMask((length, length), *lists, (FLEX_BLOCK, FLEX_BLOCK), sees)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles: (R, 1, L, A/2), at least fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(position_RL: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """What `rotate` needs of the positions, for queries and keys of one dtype; computed in at least fp32."""
+    wide, half = torch.promote_types(dtype, torch.float32), head_dim // 2
+    frequency = theta ** (-torch.arange(half, device=position_RL.device, dtype=wide) / half)
     angle = position_RL[:, None, :, None].to(wide) * frequency
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x_RHLA.to(wide).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_RHLA.dtype)
+    return Rotation(angle.cos(), angle.sin())
+
+
+def at_tokens(position: Tensor | Rotation, token_K: Tensor) -> Tensor | Rotation:
+    """Positions (R, L), or what was made of them, of the flat tokens `token_K`, as one row; -1 gives token 0's."""
+    token_K = token_K.clamp(min=0)
+    if isinstance(position, Rotation):
+        return Rotation(*(part.flatten(0, 2)[token_K][None, None] for part in position))
+    return position.flatten()[token_K][None]
+
+
+def rotate(x_RHLA: Tensor, turn: Rotation) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); computed in at least fp32."""
+    a, b = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin], dim=-1).to(x_RHLA.dtype)
+
+
+def causal_attention(q_RHLA: Tensor, k_RGLA: Tensor, v_RGLA: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(A)) v over all keys up to the query's own, by the fastest kernel for training."""
+    with sdpa_kernel(CAUSAL_BACKENDS, set_priority=True):
+        grouped = q_RHLA.shape[1] != k_RGLA.shape[1]
+        return F.scaled_dot_product_attention(q_RHLA, k_RGLA, v_RGLA, is_causal=True, enable_gqa=grouped)
 
 
 def masked_attention(q_RHLA: Tensor, k_RGLA: Tensor, v_RGLA: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(A)) v under a boolean mask that leaves every query a key; softmax in at least fp32."""
-    short = k_RGLA.shape[2] <= SHORT_ROW and q_RHLA.dtype == torch.bfloat16 and not q_RHLA.is_cuda
-    if not short:
-        grouped = q_RHLA.shape[1] != k_RGLA.shape[1]
-        return F.scaled_dot_product_attention(q_RHLA, k_RGLA, v_RGLA, attn_mask=mask, enable_gqa=grouped)
-    repeats = q_RHLA.shape[1] // k_RGLA.shape[1]
-    k_RHLA, v_RHLA = (x if repeats == 1 else x.repeat_interleave(repeats, 1) for x in (k_RGLA, v_RGLA))
-    score = (q_RHLA * q_RHLA.shape[-1] ** -0.5) @ k_RHLA.transpose(-1, -2)
-    return torch.softmax(score.float().masked_fill(~mask, -torch.inf), dim=-1).to(q_RHLA.dtype) @ v_RHLA
+    grouped = q_RHLA.shape[1] != k_RGLA.shape[1]
+    if grouped and q_RHLA.is_cuda:  # the kernels that take a mask know no groups
+        k_RGLA, v_RGLA = (x.repeat_interleave(q_RHLA.shape[1] // x.shape[1], 1) for x in (k_RGLA, v_RGLA))
+        grouped = False
+    return F.scaled_dot_product_attention(q_RHLA, k_RGLA, v_RGLA, attn_mask=mask, enable_gqa=grouped)
 
 
 def slots_by_modality(groups: TokenGroups) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -194,20 +277,31 @@ class Attention(nn.Module):
         return by_modality(x_RLI.flatten(0, 1), matrix, groups).unflatten(0, x_RLI.shape[:2])
 
     def forward(
-        self, x_RLD: Tensor, position_RL: Tensor, mask: AttentionMask, groups: TokenGroups, cache: Any = None
+        self,
+        x_RLD: Tensor,
+        position: Tensor | Rotation,
+        mask: AttentionMask,
+        groups: TokenGroups,
+        cache: Any = None,
     ) -> Tensor:
-        """`groups`: of the flat R L tokens (shared weights do not read it); `cache` has `update(k, v) -> (k, v)`."""
+        """`position`: (R, L), or the rotation made of it once for all layers; `groups`: of the flat R L tokens (shared
+        weights do not read it); `cache` has `update(k, v) -> (k, v)`."""
         heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         qkv_RLJA = self._projected(x_RLD, self.wqkv, groups).unflatten(2, (sum(heads), self.head_dim))
         q_RHLA, k_RGLA, v_RGLA = qkv_RLJA.transpose(1, 2).split(heads, dim=1)
         q_RHLA, k_RGLA = self._normed(q_RHLA, "q", groups), self._normed(k_RGLA, "k", groups)
-        q_RHLA = rotate(q_RHLA, position_RL, self.rope_theta)
-        k_RGLA = rotate(k_RGLA, position_RL, self.rope_theta)
+        if not isinstance(position, Rotation):
+            position = rotation(position, self.head_dim, self.rope_theta, q_RHLA.dtype)
+        q_RHLA, k_RGLA = rotate(q_RHLA, position), rotate(k_RGLA, position)
         if cache is not None:
             k_RGLA, v_RGLA = cache.update(k_RGLA, v_RGLA)
-        if isinstance(mask.keys, Tensor):
+        if mask.keys is None:
+            y_RHLA = causal_attention(q_RHLA, k_RGLA, v_RGLA)
+        elif isinstance(mask.keys, Tensor) and mask.keys.dtype != torch.bool:
+            y_RHLA = document_attention(q_RHLA, k_RGLA, v_RGLA, mask.keys)
+        elif isinstance(mask.keys, Tensor):
             y_RHLA = masked_attention(q_RHLA, k_RGLA, v_RGLA, mask.keys)
         else:
             grouped = self.n_heads != self.n_kv_heads
-            y_RHLA = _compiled_flex_attention(q_RHLA, k_RGLA, v_RGLA, block_mask=mask.keys, enable_gqa=grouped)
+            y_RHLA = _compiled_flex_attention()(q_RHLA, k_RGLA, v_RGLA, block_mask=mask.keys, enable_gqa=grouped)
         return self._projected(y_RHLA.transpose(1, 2).flatten(2), self.wo, groups)

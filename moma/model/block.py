@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
-from moma.model.attention import Attention, AttentionMask
+from moma.model.attention import Attention, AttentionMask, Rotation
 from moma.model.feed_forward import UNDISTURBED, DenseFeedForward, Mode, SparseFeedForward
 from moma.model.routing import Disturbance, RouterStats
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_RLD: Tensor,
-        position_RL: Tensor,
+        position: Tensor | Rotation,
         mask: AttentionMask,
         groups: TokenGroups,
         mode: Mode,
@@ -62,13 +62,13 @@ class Block(nn.Module):
         disturbance: Disturbance = UNDISTURBED,
     ) -> tuple[Tensor, dict[str, RouterStats]]:
         """One block; the statistics of its routers by their names, which follow the layer's number."""
-        attended_RLD, fed_RLD, stats = self.updates(x_RLD, position_RL, mask, groups, mode, cache, disturbance)
+        attended_RLD, fed_RLD, stats = self.updates(x_RLD, position, mask, groups, mode, cache, disturbance)
         return x_RLD + attended_RLD + fed_RLD, {} if stats is None else {"": stats}
 
     def updates(
         self,
         x_RLD: Tensor,
-        position_RL: Tensor,
+        position: Tensor | Rotation,
         mask: AttentionMask,
         groups: TokenGroups,
         mode: Mode,
@@ -80,7 +80,7 @@ class Block(nn.Module):
         The feed-forward sees the R L = T tokens as one flat sequence.
         """
         swin, shape, reference = self.norm_order == "swin", x_RLD.shape, cache is None
-        a_RLD = self.attention(x_RLD if swin else self.attention_norm(x_RLD), position_RL, mask, groups, cache)
+        a_RLD = self.attention(x_RLD if swin else self.attention_norm(x_RLD), position, mask, groups, cache)
         a_RLD = self.attention_norm(a_RLD) if swin else a_RLD
         h_RLD = x_RLD + a_RLD
         given_RLD = h_RLD if swin else self.feed_forward_norm(h_RLD)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
-from moma.model.attention import Attention, AttentionMask, document_mask
+from moma.model.attention import Attention, AttentionMask, Rotation, at_tokens, document_mask
 from moma.model.aux_routers import AuxRouter, none_for
 from moma.model.block import Block, NormOrder
 from moma.model.experts import combine, dispatch, gather_sum, slots_of_tokens
@@ -122,7 +122,7 @@ class DepthBlock(Block):
     def forward(
         self,
         x_RLD: Tensor,
-        position_RL: Tensor,
+        position: Tensor | Rotation,
         mask: AttentionMask,
         groups: TokenGroups,
         mode: Mode,
@@ -137,7 +137,7 @@ class DepthBlock(Block):
         aux_T = None if self.aux is None else self.aux(x_TD)[:, 0]
         parts = groups if self.quota else groups.merged()
         if cache is not None:
-            return self._cached(x_RLD, position_RL, mask, groups, parts, mode, cache, logit_T, aux_T)
+            return self._cached(x_RLD, position, mask, groups, parts, mode, cache, logit_T, aux_T)
         score_T = torch.sigmoid(logit_T)
         ranked_T, observed = self._rank(logit_T, aux_T, parts)
         in_T, flip_TE = ranked_T, disturbance.depth_flip_TE
@@ -155,7 +155,7 @@ class DepthBlock(Block):
         )
         a_1KD, y_1KD, stats = self.updates(
             x_KD[None],
-            position_RL.flatten()[token_K.clamp(min=0)][None],
+            at_tokens(position, token_K),
             document_mask(_documents(mask.document_RL, token_K)),
             self._inner(groups, token_K, by_rule),
             mode,
@@ -172,7 +172,7 @@ class DepthBlock(Block):
     def _cached(
         self,
         x_RLD: Tensor,
-        position_RL: Tensor,
+        position: Tensor | Rotation,
         mask: AttentionMask,
         groups: TokenGroups,
         parts: TokenGroups,
@@ -184,7 +184,7 @@ class DepthBlock(Block):
         """Every token computed; those left out undone, and hidden from later tokens of this layer."""
         in_RL = self._alone(logit_T, aux_T, parts, mode).view(x_RLD.shape[:2])
         seen = mask._replace(keys=mask.keys & cache.let_in(in_RL))
-        a_RLD, y_RLD, _ = self.updates(x_RLD, position_RL, seen, groups, mode, cache, UNDISTURBED)
+        a_RLD, y_RLD, _ = self.updates(x_RLD, position, seen, groups, mode, cache, UNDISTURBED)
         gate_RL1 = torch.sigmoid(logit_T).view(*in_RL.shape, 1)
         update_RLD = gate_RL1 * (a_RLD.to(gate_RL1.dtype) + y_RLD)
         return x_RLD + torch.where(in_RL[..., None], update_RLD, 0), {}

@@ -16,6 +16,7 @@ Legend: T tokens, N rows of one group, E experts, K slots per expert, S slots of
 C columns of a map.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from moma.model.kernels import gather_sum_fast, usable
+from moma.model.precision import autocast, full_precision
+
+BAGGED = (torch.float32, torch.bfloat16, torch.float16)  # whose bags end where they say; float64's last one does not
+
 
 def gather_sum(x_ID: Tensor, index_OC: Tensor) -> Tensor:
-    """out[o] = sum over c of x[index[o, c]], an index of -1 adding nothing; sums in at least fp32. (O, D)."""
+    """out[o] = sum over c of x[index[o, c]], an index of -1 adding nothing; sums in at least fp32. (O, D).
+
+    Deterministic everywhere. Where no gradient is asked of it (`GatherSum` does not), every row is read once: a GPU by
+    `kernels.py`, a CPU by torch's embedding bags.
+    """
+    bare = not (torch.is_grad_enabled() and x_ID.requires_grad)
+    if bare and usable(x_ID, index_OC):
+        return gather_sum_fast(x_ID, index_OC)
+    if bare and x_ID.device.type == "cpu" and x_ID.dtype in BAGGED and 0 not in (*x_ID.shape, *index_OC.shape):
+        return _sum_bags(x_ID, index_OC)
+    return plain_gather_sum(x_ID, index_OC)
+
+
+def plain_gather_sum(x_ID: Tensor, index_OC: Tensor) -> Tensor:
+    """`gather_sum` in plain torch, for every device and dtype: one pass per column."""
     wide = torch.promote_types(x_ID.dtype, torch.float32)
     if index_OC.shape[1] == 0 or x_ID.shape[0] == 0:
         return x_ID.new_zeros(index_OC.shape[0], x_ID.shape[1])
@@ -37,6 +57,20 @@ def gather_sum(x_ID: Tensor, index_OC: Tensor) -> Tensor:
         total_OD = row_OD.to(wide) if total_OD is None else total_OD + row_OD
     assert total_OD is not None
     return total_OD.to(x_ID.dtype)
+
+
+def _sum_bags(x_ID: Tensor, index_OC: Tensor) -> Tensor:
+    """`gather_sum` with each row of the map as a bag: its entries that are not -1, one after the other."""
+    live_OC = index_OC >= 0
+    ends_O = live_OC.sum(1).cumsum(0)
+    # the last place collects the entries of -1 and is cut off; all other targets are distinct
+    place = torch.where(live_OC, live_OC.flatten().cumsum(0).view(live_OC.shape) - 1, index_OC.numel())
+    entries = index_OC.new_zeros(index_OC.numel() + 1).scatter(0, place.flatten(), index_OC.flatten())[:-1]
+    starts = torch.cat([ends_O.new_zeros(1), ends_O])
+    out: Tensor = torch.ops.aten._embedding_bag_forward_only(
+        x_ID.contiguous(), entries, starts, mode=0, include_last_offset=True
+    )[0]
+    return out
 
 
 class GatherSum(torch.autograd.Function):
@@ -132,15 +166,7 @@ def grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     (D and F multiples of 8; needs no host synchronisation from compute capability 9.0 on); everything else takes one
     matmul per expert, for which the ends are read on the host.
     """
-    return _grouped_matmul(_autocast(x_SD), _autocast(w_EDF), ends_E.to(torch.int32))  # what the kernel takes
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """What autocast does to the operands of a matmul: it leaves float64 alone, and the meta device has none."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    return _grouped_matmul(autocast(x_SD), autocast(w_EDF), ends_E.to(torch.int32))  # what the kernel takes
 
 
 @torch.library.custom_op("moma::grouped_matmul", mutates_args=())
@@ -224,6 +250,18 @@ def _grouped_flops(x_shape: Any, other_shape: Any, *_: Any, **__: Any) -> int:
     return 2 * x_shape[0] * x_shape[1] * other_shape[-1]
 
 
+@torch.library.custom_op("moma::after", mutates_args=())
+def _after(x: Tensor, gradient: Tensor) -> Tensor:
+    """A copy of x that cannot exist before `gradient`: what depends on it is computed in the backward pass, also where
+    a compiler sees both passes and would rather keep the result of the same sum in the forward pass."""
+    return x.clone()
+
+
+@_after.register_fake
+def _(x: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 class Experts(nn.Module):
     """E SwiGLU experts of equal size as two stacked weights; a dense feed-forward is E = 1."""
 
@@ -233,28 +271,152 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(n_experts, dim, 2 * hidden_dim))
         self.w2 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
 
-    def forward(self, x_EKD: Tensor, gate_EK: Tensor | None = None) -> Tensor:
-        """(E, K, D) -> (E, K, D), each row scaled by its gate (folded into the activation)."""
-        if self.n_experts == 1:  # a plain matmul: the same numbers, and the dense twin's own kernel
-            gate_K = None if gate_EK is None else gate_EK[0]
-            return (_gated(x_EKD[0] @ self.w13[0], gate_K) @ self.w2[0])[None]
-        return torch.bmm(_gated(torch.bmm(x_EKD, self.w13), gate_EK), self.w2)
-
-    def run(self, x_TD: Tensor, slots: Slots) -> Tensor:
-        """(T, D) -> (T, D): the sum of each token's slots, an exact zero for a token that has none."""
-        token_S, gate_S, slots_TC, ends_E = slots
-        x_SD = dispatch(x_TD, token_S, slots_TC)
-        if ends_E is None:
-            shape_EK = (self.n_experts, len(token_S) // self.n_experts)
-            gate_EK = None if gate_S is None else gate_S.view(shape_EK)
-            y_SD = self(x_SD.view(*shape_EK, self.dim), gate_EK).flatten(0, 1)
-        else:
-            activation_SF = _gated(grouped_matmul(x_SD, self.w13, ends_E), gate_S)
-            y_SD = grouped_matmul(activation_SF, self.w2, ends_E)
-        return combine(y_SD, slots_TC, token_S)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D): every row through the only expert."""
+        return _compute(x_TD, None, None, [(self, None, None, len(x_TD))])
 
 
-def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
-    h1, h3 = h.chunk(2, dim=-1)
-    activation = F.silu(h1) * h3
-    return activation if gate is None else (activation * gate[..., None]).to(h.dtype)
+def run(groups: Iterable[Experts], x_TD: Tensor, slots: Iterable[Slots]) -> Tensor:
+    """(T, D) -> (T, D): the sum of each token's slots of all groups, an exact zero for a token that has none."""
+    slots, start, maps = list(slots), 0, []
+    for own in slots:
+        maps.append(own.slots_TC if start == 0 else torch.where(own.slots_TC >= 0, own.slots_TC + start, -1))
+        start += len(own.token_S)
+    parts = [(g, own.gate_S, own.ends_E, len(own.token_S)) for g, own in zip(groups, slots, strict=True)]
+    token_S = slots[0].token_S if len(slots) == 1 else torch.cat([own.token_S for own in slots])
+    return _compute(x_TD, token_S, maps[0] if len(maps) == 1 else torch.cat(maps, 1), parts)
+
+
+def _compute(
+    x_TD: Tensor,
+    token_S: Tensor | None,
+    slots_TC: Tensor | None,
+    parts: list[tuple[Experts, Tensor | None, Tensor | None, int]],
+) -> Tensor:
+    tensors: list[Tensor | None] = []
+    for experts, gate_S, ends_E, _ in parts:
+        tensors += [autocast(experts.w13), autocast(experts.w2), gate_S, ends_E]
+    sizes = tuple(size for *_, size in parts)
+    low_TD = autocast(x_TD)
+    with full_precision(x_TD):  # everything has the type it is to be multiplied in
+        out: Any = _SwiGLU.apply(low_TD, token_S, slots_TC, sizes, *tensors)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Groups of experts over their slots, from tokens to tokens; without a map, every token is a slot.
+
+    Keeps the tokens, the results of the first multiplication and the gates. The gathered tokens and the activations
+    are made again in the backward pass: a sparse layer keeps what a dense one does. Tensors per group: w13, w2, gate
+    of each slot or None, ends of the ragged form or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        token_S: Tensor | None,
+        slots_TC: Tensor | None,
+        sizes: tuple[int, ...],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        x_SD = x_TD if token_S is None else gather_sum(x_TD, token_S[:, None])
+        hidden, results = [], []
+        for x, w13, w2, gate, ends in _by_group(x_SD, sizes, tensors):
+            h_SF = _times(x, w13, ends)
+            results.append(_times(_gated(h_SF, gate), w2, ends))
+            hidden.append(h_SF)
+        ctx.sizes = sizes
+        ctx.save_for_backward(x_TD, token_S, slots_TC, *hidden, *tensors)
+        y_SD = results[0] if len(results) == 1 else torch.cat(results)
+        return y_SD if slots_TC is None else gather_sum(y_SD, slots_TC)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TD,) = grads
+        x_TD, token_S, slots_TC, *rest = ctx.saved_tensors
+        hidden, tensors = rest[: len(ctx.sizes)], rest[len(ctx.sizes) :]
+        one: Tensor | None = None
+        if torch.compiler.is_compiling():
+            one = torch.ops.moma.after(x_TD.new_ones(()), dy_TD)
+        dy_SD, x_SD = dy_TD, x_TD
+        if token_S is not None:
+            dy_SD = gather_sum(dy_TD, token_S[:, None])
+            if one is not None:
+                token_S = torch.ops.moma.after(token_S, dy_TD)
+            x_SD = gather_sum(x_TD, token_S[:, None])
+        needs = ctx.needs_input_grad
+        dx, found = [], []
+        groups = zip(_by_group(x_SD, ctx.sizes, tensors), dy_SD.split(ctx.sizes), hidden, strict=True)
+        for g, ((x, w13, w2, gate, ends), dy, h) in enumerate(groups):
+            needs_w13, needs_w2 = needs[4 + 4 * g : 6 + 4 * g]
+            a, dh, dgate = _gated_backward(h, gate, _times(dy, w2.mT, ends), one)
+            dw2 = _outer(a, dy, len(w2), ends) if needs_w2 else None
+            dw13 = _outer(x, dh, len(w13), ends) if needs_w13 else None
+            found += [dw13, dw2, dgate, None]
+            if needs[0]:
+                dx.append(_times(dh, w13.mT, ends))
+        dx_TD: Tensor | None = None
+        if dx:
+            dx_TD = dx[0] if len(dx) == 1 else torch.cat(dx)
+            dx_TD = dx_TD if slots_TC is None else gather_sum(dx_TD, slots_TC)
+        return dx_TD, None, None, None, *found
+
+
+def _by_group(
+    x_SD: Tensor, sizes: tuple[int, ...], tensors: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Rows, w13, w2, gate and ends of each group."""
+    for g, rows in enumerate(x_SD.split(sizes)):
+        w13, w2, gate, ends = tensors[4 * g : 4 * g + 4]
+        assert w13 is not None and w2 is not None
+        yield rows, w13, w2, gate, ends
+
+
+def _times(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor | None) -> Tensor:
+    """Every slot times the matrix of its expert: (S, F)."""
+    if ends_E is not None:
+        return grouped_matmul(x_SD, w_EDF, ends_E)
+    if len(w_EDF) == 1:  # the dense twin's own kernel
+        return x_SD @ w_EDF[0]
+    return torch.bmm(x_SD.view(len(w_EDF), -1, x_SD.shape[1]), w_EDF).flatten(0, 1)
+
+
+def _outer(x_SD: Tensor, y_SF: Tensor, n_experts: int, ends_E: Tensor | None) -> Tensor:
+    """The gradient of the matrices: x^T y over each expert's slots, (E, D, F)."""
+    if ends_E is not None:
+        return torch.ops.moma.grouped_outer(x_SD, y_SF, ends_E.to(torch.int32))
+    if n_experts == 1:
+        return (x_SD.T @ y_SF)[None]
+    return torch.bmm(x_SD.view(n_experts, -1, x_SD.shape[1]).mT, y_SF.view(n_experts, -1, y_SF.shape[1]))
+
+
+def _gated(h_SF: Tensor, gate_S: Tensor | None) -> Tensor:
+    """g silu(h1) h3 for h = [h1, h3], in the type of h."""
+    h1, h3 = h_SF.chunk(2, dim=-1)
+    activation = F.silu(h1).mul_(h3)
+    return activation if gate_S is None else activation.mul_(gate_S[:, None])
+
+
+def _gated_backward(
+    h_SF: Tensor, gate_S: Tensor | None, da_SF: Tensor, one: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The activation again, and the gradients of h and of the gate, from that of the activation.
+
+    `one`: 1, where the activation must not be the same term as in the forward pass.
+    """
+    h1, h3 = h_SF.chunk(2, dim=-1)
+    silu = F.silu(h1) if one is None else F.silu(h1) * one
+    a_SF, dgate_S = silu * h3, None
+    if gate_S is not None:
+        wide = torch.promote_types(da_SF.dtype, torch.float32)
+        dgate_S = (da_SF.to(wide) * a_SF).sum(1).to(gate_S.dtype)
+        a_SF, da_SF = a_SF.mul_(gate_S[:, None]), da_SF.mul_(gate_S[:, None])
+    if one is not None:
+        dh_SF = torch.cat([torch.ops.aten.silu_backward(da_SF * h3, h1), da_SF * silu], 1)
+    else:  # written in place: two passes less
+        dh_SF = torch.empty_like(h_SF)
+        dh1, dh3 = dh_SF.chunk(2, dim=-1)
+        torch.mul(da_SF, silu, out=dh3)
+        torch.ops.aten.silu_backward.grad_input(da_SF.mul_(h3), h1, grad_input=dh1)
+    return a_SF, dh_SF, dgate_S

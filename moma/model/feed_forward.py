@@ -25,15 +25,16 @@ Legend: T tokens, N tokens of one group, E routed experts of the layer (all grou
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moma.modality import TokenGroups
 from moma.model.aux_routers import AuxRouter, none_for
-from moma.model.experts import Experts, Slots, combine, equal_slots, gather_sum, ragged_slots
-from moma.model.precision import full_precision
+from moma.model.experts import Experts, Slots, combine, dispatch, equal_slots, gather_sum, ragged_slots, run
+from moma.model.precision import autocast, full_precision
 from moma.model.routing import SELECTIONS, Choice, Disturbance, Group, RouterStats, State
 from moma.model.routing.cutoff import AUX_STATE, aux_average, cutoff_of, falling
 from moma.model.routing.expert_choice import ExpertChoiceConfig
@@ -147,7 +148,7 @@ class DenseFeedForward(nn.Module):
         reference: bool = True,
     ) -> tuple[Tensor, None]:
         """(T, D) -> (T, D); the other arguments make no difference."""
-        return self.experts[0](x_TD[None])[0], None
+        return self.experts[0](x_TD), None
 
 
 class SparseFeedForward(nn.Module):
@@ -208,19 +209,22 @@ class SparseFeedForward(nn.Module):
         """
         if "all" in self.groups:
             groups = groups.merged()
-        slots, stats = self._route(x_TD, groups, mode, disturbance, reference)
-        y_TD: Tensor | None = None
-        for experts, own in zip(self.experts, slots, strict=True):
-            group_TD = experts.run(x_TD, own)  # type: ignore[operator]
-            y_TD = group_TD if y_TD is None else y_TD + group_TD
-        assert y_TD is not None
-        return (y_TD if self.shared is None else y_TD + self.shared(x_TD[None])[0]), stats
+        low_TD = autocast(x_TD)
+        slots, stats = self._route(x_TD, low_TD, groups, mode, disturbance, reference)
+        y_TD = run(cast(Iterable[Experts], self.experts), low_TD, slots)
+        return (y_TD if self.shared is None else y_TD + self.shared(low_TD)), stats
 
     def _route(
-        self, x_TD: Tensor, groups: TokenGroups, mode: Mode, disturbance: Disturbance, reference: bool
+        self,
+        x_TD: Tensor,
+        low_TD: Tensor,
+        groups: TokenGroups,
+        mode: Mode,
+        disturbance: Disturbance,
+        reference: bool,
     ) -> tuple[list[Slots], RouterStats | None]:
         """Who computes what, group after group."""
-        logit_TE = self._logits(x_TD)
+        logit_TE = self._logits(x_TD, low_TD)
         slots: list[Slots] = []
         routed: list[RouterStats] = []
         start = 0
@@ -244,21 +248,21 @@ class SparseFeedForward(nn.Module):
             aux = self.aux[len(routed)] if len(self.aux) else None
             aux_NE = None if aux is None else aux(x_TD[index_N])
             flip_NE = None if flip_TE is None else flip_TE[index_N, columns]
-            found = self._route_group(
-                logit_TE[index_N, columns], aux_NE, flip_NE, group, index_N, slot_T, mode, reference
-            )
+            logit_NE = dispatch(logit_TE[:, columns], index_N, slot_T[:, None])
+            found = self._route_group(logit_NE, aux_NE, flip_NE, group, index_N, slot_T, mode, reference)
             slots.append(found[0])
             routed.append(found[1])
             start += size
         return slots, _side_by_side(routed)
 
-    def _logits(self, x_TD: Tensor) -> Tensor | None:
+    def _logits(self, x_TD: Tensor, low_TD: Tensor) -> Tensor | None:
         """Logits (T, E) of all routed experts in at least fp32, whatever autocast says."""
         if self.router is None:
             return None
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         with full_precision(x_TD):
-            return x_TD.to(wide) @ self.router.to(wide)
+            out: Any = _RouterLogits.apply(x_TD.to(wide), low_TD.detach(), self.router.to(wide))
+        return out
 
     def _route_group(
         self,
@@ -323,6 +327,24 @@ class SparseFeedForward(nn.Module):
         if aux_NE is None:
             raise none_for(mode)
         return aux_NE > (0 if mode == "aux" else state["aux_cutoff"])  # 0: probability 0.5
+
+
+class _RouterLogits(torch.autograd.Function):
+    """x W in fp32. The weights' gradient reads x in the experts' type, which is kept anyway, instead of keeping it in
+    fp32 as well: without autocast the same, else rounded as every matrix's gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, low_TD: Tensor, router_DE: Tensor) -> Tensor:
+        ctx.save_for_backward(low_TD, router_DE)
+        return F.linear(x_TD, router_DE.T.contiguous())  # the order in which a CPU takes narrow matrices fastest
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (dlogit_TE,) = grads
+        low_TD, router_DE = ctx.saved_tensors
+        dx_TD = dlogit_TE @ router_DE.T if ctx.needs_input_grad[0] else None
+        drouter_DE = (dlogit_TE.T @ low_TD.to(dlogit_TE.dtype)).T if ctx.needs_input_grad[2] else None
+        return dx_TD, None, drouter_DE
 
 
 def _slots(choice: Choice, index_N: Tensor, n_tokens: int) -> Slots:

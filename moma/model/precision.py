@@ -15,3 +15,11 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def wants_full_precision(name: str) -> bool:
     """Whether the parameter of this name is read in at least fp32: norms, routers, auxiliary routers."""
     return "norm" in name or "router" in name or ".aux." in name
+
+
+def autocast(x: Tensor) -> Tensor:
+    """What autocast does to the operands of a matmul: it leaves float64 alone, and the meta device has none."""
+    device = x.device.type
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

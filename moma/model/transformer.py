@@ -22,6 +22,7 @@ from moma.model.attention import (
     QkNorm,
     SharedAttentionConfig,
     UntiedAttentionConfig,
+    rotation,
 )
 from moma.model.block import Block, NormOrder, RMSNorm
 from moma.model.depth import DEPTHS, DepthBlock, DepthConfig, FullDepthConfig
@@ -131,10 +132,12 @@ class Transformer(nn.Module):
         `disturbances`: noise and planted errors, one per layer.
         """
         x_RLD, stats = self.embedding(tokens_RL), {}
+        config = self.config
+        position = rotation(position_RL, config.dim // config.n_heads, config.rope_theta, x_RLD.dtype)
         for layer, block in enumerate(self.blocks):
             cache = None if caches is None else caches[layer]
             disturbance = UNDISTURBED if disturbances is None else disturbances[layer]
-            x_RLD, found = block(x_RLD, position_RL, mask, groups, mode, cache, disturbance)
+            x_RLD, found = block(x_RLD, position, mask, groups, mode, cache, disturbance)
             stats |= {f"{layer}{suffix}": value for suffix, value in found.items()}
         return self.norm(x_RLD), stats
 

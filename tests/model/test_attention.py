@@ -1,15 +1,27 @@
 """Attention against loops over rows, heads and pairs of tokens, in float64; every token with its modality's weights."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from moma.modality import exact_groups, padded_groups
-from moma.model.attention import ATTENTIONS, Attention, AttentionMask, document_mask, rotate
+from moma.model.attention import (
+    ATTENTIONS,
+    Attention,
+    AttentionMask,
+    at_tokens,
+    dense_mask,
+    document_mask,
+    flex_mask,
+    rotate,
+    rotation,
+)
 
 DIM, HEADS, THETA, EPS = 16, 4, 10_000.0, 1e-5
 CASES = {
@@ -278,13 +290,13 @@ def test_every_kind_has_a_config_of_its_name():
 
 
 def test_mask_is_causal_inside_documents():
-    mask = document_mask(DOCUMENTS)
-    assert mask.document_RL is DOCUMENTS
-    assert mask.keys.shape == (2, 1, 9, 9) and mask.keys.dtype == torch.bool
+    assert document_mask(DOCUMENTS).document_RL is DOCUMENTS
+    keys = dense_mask(DOCUMENTS)
+    assert keys.shape == (2, 1, 9, 9) and keys.dtype == torch.bool
     for r in range(2):
         for i in range(9):
             for j in range(9):
-                assert mask.keys[r, 0, i, j] == (j <= i and DOCUMENTS[r, i] == DOCUMENTS[r, j])
+                assert keys[r, 0, i, j] == (j <= i and DOCUMENTS[r, i] == DOCUMENTS[r, j])
 
 
 def test_sees_neither_the_future_nor_another_document(attention, groups_of):
@@ -332,7 +344,7 @@ def test_cache_equals_the_full_forward(attention, chunks, groups_of):
     full, cache, parts, start = attention(x_RLD, position_RL, mask, groups_of(MIXED)), FakeCache(), [], 0
     for n in chunks:
         here = slice(start, start + n)
-        visible = AttentionMask(mask.keys[:, :, here, : start + n])
+        visible = AttentionMask(dense_mask(DOCUMENTS)[:, :, here, : start + n])
         groups = groups_of([row[here] for row in MIXED], padded=True)
         parts.append(attention(x_RLD[:, here], position_RL[:, here], visible, groups, cache))
         start += n
@@ -340,21 +352,127 @@ def test_cache_equals_the_full_forward(attention, chunks, groups_of):
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=1e-12)
 
 
+def turned(x, position_RL):
+    return rotate(x, rotation(position_RL, x.shape[-1], THETA, x.dtype))
+
+
 def test_rotation_keeps_length_and_depends_on_distance_alone():
     x, y = (states(1, 6, seed).view(1, 1, 6, DIM) for seed in (1, 2))
-    near = rotate(x, positions(1, 6), THETA) * rotate(y, positions(1, 6) + 3, THETA)
-    far = rotate(x, positions(1, 6) + 500, THETA) * rotate(y, positions(1, 6) + 503, THETA)
+    near = turned(x, positions(1, 6)) * turned(y, positions(1, 6) + 3)
+    far = turned(x, positions(1, 6) + 500) * turned(y, positions(1, 6) + 503)
     torch.testing.assert_close(near.sum(-1), far.sum(-1), rtol=0, atol=1e-10)
-    torch.testing.assert_close(rotate(x, positions(1, 6), THETA).norm(dim=-1), x.norm(dim=-1))
-    assert torch.equal(rotate(x, torch.zeros(1, 6).long(), THETA), x)
+    torch.testing.assert_close(turned(x, positions(1, 6)).norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned(x, torch.zeros(1, 6).long()), x)
 
 
 def test_rotation_of_low_precision_is_computed_in_fp32():
     x = states(1, 6).view(1, 1, 6, DIM)
-    low = rotate(x.bfloat16(), positions(1, 6) + 4000, THETA)
-    exact = rotate(x.bfloat16().double(), positions(1, 6) + 4000, THETA)
+    low = turned(x.bfloat16(), positions(1, 6) + 4000)
+    exact = turned(x.bfloat16().double(), positions(1, 6) + 4000)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), exact, rtol=2**-8, atol=2e-3)
+
+
+def test_a_rotation_made_once_gives_the_same_bits(attention, groups_of):
+    x_RLD, mask, groups = states(*DOCUMENTS.shape), document_mask(DOCUMENTS), groups_of(MIXED)
+    position_RL = positions(*DOCUMENTS.shape)
+    once = rotation(position_RL, DIM // HEADS, THETA, x_RLD.dtype)
+    assert torch.equal(attention(x_RLD, once, mask, groups), attention(x_RLD, position_RL, mask, groups))
+    token_K = torch.tensor([17, 3, -1])
+    assert at_tokens(position_RL, token_K).tolist() == [[8, 3, 0]]
+    for part, whole in zip(at_tokens(once, token_K), once, strict=True):
+        assert torch.equal(part[0, 0], whole.flatten(0, 2)[[17, 3, 0]])
+
+
+def documents(*sizes):
+    """One row of documents of these sizes, numbered in their order."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+PACKED = {
+    "whole blocks": torch.stack([documents(512), documents(128, 256, 128)]),
+    "across blocks": torch.stack([documents(1, 300, 211), documents(*[7] * 73, 1)]),
+    "last block in part": torch.stack([documents(130, 260, 10), documents(400)]),
+    "padding": torch.stack([documents(100, 300), torch.cat([documents(150, 100), torch.full((150,), -1)])]),
+    "in any order": torch.randint(0, 3, (2, 300), generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("layout", PACKED)
+def test_flex_mask_equals_the_boolean_mask(layout):
+    document_RL = PACKED[layout]
+    n_rows, length = document_RL.shape
+    got, dense = flex_mask(document_RL), dense_mask(document_RL)
+
+    def sees(row, head, query, key):
+        return dense[row, 0, query, key]
+
+    expected = create_block_mask(sees, n_rows, None, length, length, "cpu")
+    assert got.shape == expected.shape
+    if layout != "in any order":  # tight: no block is visited or looked into for nothing
+        lists = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
+        tight = layout != "padding"  # the block where the padding begins spans all numbers between
+        for name in lists:
+            ours, theirs = getattr(got, name), getattr(expected, name)
+            assert torch.equal(ours, theirs) if tight else (ours >= theirs).all()
+            assert getattr(got, name.replace("num_blocks", "indices")).dtype == torch.int32
+    q, k, v = torch.randn(3, n_rows, 2, length, 16, generator=torch.Generator().manual_seed(1))
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=got), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_one_document_need_no_mask():
+    document_RL, x_RLD = documents(9, 9).view(2, 9), states(2, 9)
+    one = document_mask(document_RL)
+    assert torch.equal(document_mask(document_RL, alone=True).keys, one.keys)  # a CPU keeps its kernels
+    for kv_heads in (4, 2):
+        module = new_attention("shared", kv_heads, None)
+        inputs = x_RLD, positions(2, 9)
+        torch.testing.assert_close(module(*inputs, AttentionMask(None), None), module(*inputs, one, None))
+    with torch.no_grad():  # the order of the kernels is taken into a graph
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs, AttentionMask(None), None), module(*inputs, one, None))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("alone, sizes", [(False, (900, 1, 1399)), (False, (200, 100)), (True, (2300,))])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_gpu_attends_as_the_loops_do(kv_heads, alone, sizes, device="cuda"):
+    """FlexAttention, a boolean mask, the causal kernels: outputs and gradients in bf16 against float64 on the CPU."""
+    exact = Attention(256, 4, kv_heads, "shared", THETA, EPS).double()
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            nn.init.normal_(parameter, std=1 / 16, generator=torch.Generator().manual_seed(0))
+    low = copy.deepcopy(exact).to(device, torch.float32)
+    document_RL, results = torch.stack([documents(*sizes), documents(*(sizes if alone else sizes[::-1]))]), []
+    for module, where in ((exact, "cpu"), (low, device)):
+        own_RL, dtype = document_RL.to(where), next(module.parameters()).dtype
+        generator = torch.Generator().manual_seed(1)
+        x_RLD = torch.randn(*document_RL.shape, 256, generator=generator).to(where, dtype).requires_grad_()
+        position_RL = positions(*document_RL.shape).to(where)
+        with torch.autocast(where, torch.bfloat16, enabled=module is low):
+            y_RLD = module(x_RLD, position_RL, document_mask(own_RL, alone), None)
+        weight = torch.randn(y_RLD.shape, generator=generator).to(where)
+        results.append([y_RLD, *torch.autograd.grad((y_RLD * weight).sum(), [x_RLD, *module.parameters()])])
+    for wanted, got in zip(*results, strict=True):
+        assert (got.double().cpu() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_one_graph_serves_all_flex_masks():
+    """The mask made outside, from documents of another content each time: what a GPU runs, forward only."""
+    torch._dynamo.reset()
+    module, counter = new_attention("shared", 4, None).float(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for sizes in ((512,), (100, 412), (8,) * 64):
+            document_RL, x_RLD = documents(*sizes)[None], states(1, 512).float()
+            inputs = x_RLD, positions(1, 512)
+            got = compiled(*inputs, AttentionMask(flex_mask(document_RL)), None)
+            torch.testing.assert_close(got, module(*inputs, document_mask(document_RL), None), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_bf16_autocast_stays_close_to_fp32(attention, groups_of):

@@ -20,8 +20,10 @@ from moma.model.experts import (
     equal_slots,
     grouped_matmul,
     ragged_slots,
+    run,
     slots_of_tokens,
 )
+from moma.model.precision import autocast as cast
 
 DIM, HIDDEN, N_TOKENS = 6, 5, 11
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -50,6 +52,10 @@ def new_experts(n_experts=3, dtype=torch.float64, dim=DIM, hidden=HIDDEN):
 
 def draw(*shape, seed=1, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def run_one(experts, x_TD, slots):
+    return run([experts], x_TD, [slots])
 
 
 def mask_of(load, n_experts=3):
@@ -118,7 +124,7 @@ def test_pairs_beyond_the_bound_are_cut_off():
     assert torch.equal(slots.token_S, whole.token_S[:13]) and torch.equal(slots.gate_S, whole.gate_S[:13])
     assert slots.ends_E.tolist() == [8, 13, 13]
     assert torch.equal(slots.slots_TC, torch.where(whole.slots_TC < 13, whole.slots_TC, -1))
-    new_experts().run(draw(N_TOKENS, DIM), slots)
+    run_one(new_experts(), draw(N_TOKENS, DIM), slots)
 
 
 def test_rows_nobody_selects_may_repeat_a_token():
@@ -145,7 +151,7 @@ def test_slots_read_nothing_on_the_host():
         experts = Experts(3, 16, 24)
         selected_NE, gate_NE = torch.empty(9, 3, dtype=torch.bool), torch.empty(9, 3, requires_grad=True)
         x_TD = torch.empty(9, 16, requires_grad=True)
-        y_TD = experts.run(x_TD, ragged_slots(selected_NE, gate_NE, 14, torch.arange(9), 9))
+        y_TD = run_one(experts, x_TD, ragged_slots(selected_NE, gate_NE, 14, torch.arange(9), 9))
         y_TD.sum().backward()
         assert y_TD.shape == x_TD.grad.shape == (9, 16) and gate_NE.grad.shape == (9, 3)
         assert experts.w13.grad.shape == (3, 16, 48)
@@ -161,7 +167,7 @@ def test_ragged_form_equals_the_loops(load, room, gated):
     experts, selected_NE, index_N = new_experts(), mask_of(load), index_of(len(LOADS[load]))
     x_TD = draw(N_TOKENS, DIM).requires_grad_()
     gate_NE = draw(*selected_NE.shape, seed=2).requires_grad_() if gated else None
-    y_TD = experts.run(x_TD, ragged_slots(selected_NE, gate_NE, int(selected_NE.sum()) + room, index_N, N_TOKENS))
+    y_TD = run_one(experts, x_TD, ragged_slots(selected_NE, gate_NE, int(selected_NE.sum()) + room, index_N, N_TOKENS))
     expected_TD = loop_reference(experts, x_TD, selected_NE, gate_NE, index_N)
     wanted = [x_TD, experts.w13, experts.w2, *([gate_NE] if gated else [])]
     assert_equal_with_gradients(y_TD, expected_TD, wanted)
@@ -189,7 +195,7 @@ def test_equal_form_equals_the_loops(case, gated):
     selected_TE = torch.zeros(N_TOKENS, len(token_EK), dtype=torch.bool)
     for e, tokens in enumerate(TAKEN[case]):
         selected_TE[[t for t in tokens if t >= 0], e] = True
-    y_TD = experts.run(x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
+    y_TD = run_one(experts, x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
     expected_TD = loop_reference(experts, x_TD, selected_TE, gate_TE, torch.arange(N_TOKENS))
     assert_equal_with_gradients(y_TD, expected_TD, [x_TD, experts.w13, experts.w2, *([gate_TE] if gated else [])])
 
@@ -198,7 +204,7 @@ def test_a_group_of_one_expert_has_one_column():
     """Whole groups without a router: slots straight from the index sets."""
     experts, x_TD = new_experts(1), draw(5, DIM)
     slots = Slots(torch.tensor([1, 3, 4]), None, torch.tensor([-1, 0, -1, 1, 2])[:, None], None)
-    y_TD = experts.run(x_TD, slots)
+    y_TD = run_one(experts, x_TD, slots)
     assert torch.equal(y_TD[[1, 3, 4]], experts(x_TD[None, [1, 3, 4]])[0])
     assert not y_TD[[0, 2]].any()
 
@@ -226,9 +232,9 @@ def test_equal_form_is_a_batched_matmul_to_the_bit(case, dtype, autocast):
     wanted = [x_TD, gate_EK, experts.w13, experts.w2]
     slots_TC, token_S = slots_of_tokens(token_EK, N_TOKENS), token_EK.reshape(-1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        x_EKD = dispatch(x_TD, token_S, slots_TC).view(*token_EK.shape, DIM)
+        x_EKD = dispatch(cast(x_TD), token_S, slots_TC).view(*token_EK.shape, DIM)
         expected_TD = combine(swiglu_by_bmm(experts, x_EKD, gate_EK).flatten(0, 1), slots_TC, token_S)
-        y_TD = experts.run(x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
+        y_TD = run_one(experts, x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
     assert y_TD.dtype == expected_TD.dtype and torch.equal(y_TD, expected_TD)
     weight = draw(N_TOKENS, DIM, seed=9, dtype=y_TD.dtype)
     got, need = (torch.autograd.grad((v * weight).sum(), wanted) for v in (y_TD, expected_TD))
@@ -248,11 +254,11 @@ def test_both_forms_agree_where_loads_are_equal(n_experts):
     token_EK, selected_TE = equal_loads(20, n_experts)
     experts = new_experts(n_experts)
     x_TD, gate_TE = draw(20, DIM).requires_grad_(), draw(20, n_experts, seed=2).requires_grad_()
-    equal_TD = experts.run(x_TD, equal_slots(token_EK, gate_TE.T.gather(1, token_EK), 20))
+    equal_TD = run_one(experts, x_TD, equal_slots(token_EK, gate_TE.T.gather(1, token_EK), 20))
     ragged = ragged_slots(selected_TE, gate_TE, token_EK.numel() + 5, torch.arange(20), 20)
     assert torch.equal(ragged.token_S[:-5], token_EK.flatten())
     assert_equal_with_gradients(
-        experts.run(x_TD, ragged), equal_TD, [x_TD, gate_TE, experts.w13, experts.w2], rtol=1e-12
+        run_one(experts, x_TD, ragged), equal_TD, [x_TD, gate_TE, experts.w13, experts.w2], rtol=1e-12
     )
 
 
@@ -275,7 +281,7 @@ def test_garbage_in_unselected_tokens_stays_there(form):
             slots = equal_slots(token_EK, gate_TE.T.gather(1, token_EK % 9), 9)
         else:
             slots = ragged_slots(selected_TE, gate_TE, 12, torch.arange(9), 9)
-        y_TD = experts.run(x_TD, slots)
+        y_TD = run_one(experts, x_TD, slots)
         y_TD.square().sum().backward()
         outcomes.append((y_TD, x_TD.grad, gate_TE.grad, experts.w13.grad, experts.w2.grad))
         experts.zero_grad()
@@ -289,7 +295,7 @@ def test_repeated_runs_have_the_same_bits():
     outcomes = []
     for _ in range(2):
         x_TD, gate_NE = draw(N_TOKENS, DIM, dtype=torch.float32).requires_grad_(), draw(8, 3, dtype=torch.float32)
-        y_TD = experts.run(x_TD, ragged_slots(mask_of("mixed"), gate_NE, 12, index_of(8), N_TOKENS))
+        y_TD = run_one(experts, x_TD, ragged_slots(mask_of("mixed"), gate_NE, 12, index_of(8), N_TOKENS))
         outcomes.append((y_TD, *torch.autograd.grad(y_TD.square().sum(), [x_TD, experts.w13, experts.w2])))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
@@ -299,7 +305,7 @@ def test_activation_checkpointing_changes_nothing():
     gate_NE = draw(8, 3, seed=2).requires_grad_()
 
     def run(x_TD, gate_NE):
-        return experts.run(x_TD, ragged_slots(mask_of("mixed"), gate_NE, 12, index_of(8), N_TOKENS))
+        return run_one(experts, x_TD, ragged_slots(mask_of("mixed"), gate_NE, 12, index_of(8), N_TOKENS))
 
     wanted = [x_TD, gate_NE, experts.w13, experts.w2]
     plain, again = run(x_TD, gate_NE), checkpoint(run, x_TD, gate_NE, use_reentrant=False)
@@ -379,7 +385,7 @@ def test_flops_count_every_slot(device):
         x_TD = torch.zeros(9, 16, requires_grad=True)
         slots = ragged_slots(torch.ones(9, 3, dtype=torch.bool), torch.ones(9, 3), 30, torch.arange(9), 9)
         with FlopCounterMode(display=False) as counter:
-            y_TD = experts.run(x_TD, slots)
+            y_TD = run_one(experts, x_TD, slots)
         assert counter.get_total_flops() == 2 * 30 * 16 * 24 * 3
         with FlopCounterMode(display=False) as counter:
             y_TD.sum().backward()
@@ -414,7 +420,7 @@ def test_bf16_autocast_stays_close_to_fp32():
     values = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y_TD = experts.run(x_TD, ragged_slots(selected_TE, gate_TE, 160, torch.arange(40), 40))
+            y_TD = run_one(experts, x_TD, ragged_slots(selected_TE, gate_TE, 160, torch.arange(40), 40))
         assert y_TD.dtype == (torch.bfloat16 if enabled else torch.float32)
         values.append((y_TD.float(), *torch.autograd.grad(y_TD.float().sum(), wanted)))
     for exact, low in zip(*values, strict=True):
@@ -499,7 +505,7 @@ def test_gpu_equals_the_cpu(case):
 
 def compiled_run(experts, backend):
     def run(x_TD, gate_NE, selected_NE):
-        return experts.run(x_TD, ragged_slots(selected_NE, gate_NE, 26, index_of(8), N_TOKENS))
+        return run_one(experts, x_TD, ragged_slots(selected_NE, gate_NE, 26, index_of(8), N_TOKENS))
 
     torch._dynamo.reset()
     return run, torch.compile(run, fullgraph=True, backend=backend)
@@ -524,7 +530,7 @@ def test_equal_form_compiles_to_one_graph():
     experts, token_EK = new_experts(), torch.tensor(TAKEN["with_empty"])
 
     def run(x_TD, gate_EK, token_EK):
-        return experts.run(x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
+        return run_one(experts, x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
 
     torch._dynamo.reset()
     args = draw(N_TOKENS, DIM).requires_grad_(), draw(3, 3, seed=2).requires_grad_(), token_EK
