@@ -1,5 +1,6 @@
 """Weights of Chameleon in and out: transformers is the judge of the numbers, the bits judge the round trips."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -114,18 +115,22 @@ def logits_of(run_dir, ids_RL):
 
 
 def agree(run_dir, model, vocab, atol):
-    """Our logits are transformers' before its mask of image codes, and the mask is where we say it is."""
+    """Our logits are transformers' before its mask of image codes, and as near as its own to those of its float64
+    model; and the mask is where we say it is."""
     ids_RL = torch.randint(vocab.size, (2, 24), generator=torch.Generator().manual_seed(1))
     ours_RLV = logits_of(run_dir, ids_RL)
     with torch.no_grad():
         theirs_RLV = model.lm_head(model.model(input_ids=ids_RL).last_hidden_state)
         masked_RLV = model(input_ids=ids_RL).logits
+        wide = copy.deepcopy(model).double()
+        exact_RLV = wide.lm_head(wide.model(input_ids=ids_RL).last_hidden_state)
     assert theirs_RLV.std() > 0.5
-    torch.testing.assert_close(ours_RLV, theirs_RLV, atol=atol, rtol=atol)
+    ours, theirs = ((x_RLV - exact_RLV).abs().max() for x_RLV in (ours_RLV, theirs_RLV))
+    assert ours <= max(atol, 2 * theirs)
     image = slice(vocab.image_start, vocab.image_stop)
     assert (masked_RLV[..., image] == torch.finfo(torch.float32).min).all()
     text = [i for i in range(vocab.size) if not vocab.image_start <= i < vocab.image_stop]
-    torch.testing.assert_close(ours_RLV[..., text], masked_RLV[..., text], atol=atol, rtol=atol)
+    assert torch.equal(masked_RLV[..., text], theirs_RLV[..., text])
 
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------

@@ -112,11 +112,11 @@ def watch_dtypes():
     """What routers and experts are inside the forward of a sparse layer, filled in as models run."""
     seen, logits = {"router": set(), "experts": set()}, SparseFeedForward._logits
 
-    def watched(self, x_TD):
+    def watched(self, x_TD, low_TD):
         if not torch.compiler.is_compiling() and self.router is not None:
             seen["router"].add(str(self.router.dtype))
             seen["experts"].add(str(self.experts[0].w13.dtype))
-        return logits(self, x_TD)
+        return logits(self, x_TD, low_TD)
 
     SparseFeedForward._logits = watched
     return seen

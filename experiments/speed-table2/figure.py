@@ -1,6 +1,6 @@
 """The paper's Table 2 beside ours: throughput of every sparse variant relative to dense.
 
-    figure.py OUT.png BENCH.json...        files of `moma bench suite=step`, a panel each
+    figure.py OUT.png BENCH.json...        files of `moma bench suite=step`; a panel for all of one size and machine
 
 Throughput = time of dense / time of the variant in the same round, median and quartiles. Hollow: forward and backward
 of one micro-batch. Filled: the whole step as it was measured. A step of another number n of micro-batches is derived
@@ -10,6 +10,7 @@ from the parts, n (forward and backward) + optimizer, and named so. Prints the n
 import json
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -56,10 +57,13 @@ def throughput(variant: Sequence[float] | None, dense: Sequence[float] | None) -
     return low, middle, high
 
 
-def changes(result: dict[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
+Measured = Sequence[dict[str, Any]]  # files of one size and machine; every variant against the dense model of its file
+
+
+def changes(results: Measured) -> dict[str, dict[str, tuple[float, float, float]]]:
     """By variant: `once`, `step`, and `derived` where another number of micro-batches was measured."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for variant in PAPER:
+    for result, variant in product(results, PAPER):
         ways = {
             "once": throughput(times(result, variant + ONCE), times(result, "dense" + ONCE)),
             "step": throughput(times(result, variant), times(result, "dense")),
@@ -85,9 +89,9 @@ def title(result: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def panel(ax: Axes, result: dict[str, Any]) -> None:
-    """One file: a row per variant, the paper's mark above ours."""
-    found, palette = changes(result), colours(["dense", *PAPER])
+def panel(ax: Axes, results: Measured) -> None:
+    """One size and machine: a row per variant, the paper's mark above ours."""
+    found, palette = changes(results), colours(["dense", *PAPER])
     ax.axvline(0, color=MUTED, linewidth=1.0)
     for row, variant in enumerate(PAPER):
         ax.plot(100 * PAPER[variant], row - 0.24, "D", color=INK, markersize=5, markerfacecolor=FAINT)
@@ -109,7 +113,7 @@ def panel(ax: Axes, result: dict[str, Any]) -> None:
         if variant not in found:
             ax.annotate("not measured", (0, row + 0.12), (-6, 0), textcoords="offset points", ha="right",
                         va="center", fontsize=7.5, color=MUTED)  # fmt: skip
-    head, below = title(result)
+    head, below = title(results[0])
     ax.set_title(head, pad=18)
     ax.annotate(below, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8, color=MUTED)
     ax.set_yticks(range(len(PAPER)), [LABELS[name] for name in PAPER])
@@ -120,14 +124,14 @@ def panel(ax: Axes, result: dict[str, Any]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def draw(results: Sequence[dict[str, Any]]) -> Figure:
-    """All files side by side on one scale."""
+def draw(groups: Sequence[Measured]) -> Figure:
+    """All sizes and machines side by side on one scale."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.1))
-        panels = figure.subplots(1, len(results), squeeze=False, sharex=True, sharey=True)[0]
+        panels = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)[0]
         figure.subplots_adjust(0.085, 0.115, 0.975, 0.78, wspace=0.1)
-        for ax, result in zip(panels, results, strict=True):
-            panel(ax, result)
+        for ax, results in zip(panels, groups, strict=True):
+            panel(ax, results)
         low, high = panels[0].get_xlim()
         panels[0].set_xlim(low - 1, high + 0.09 * (high - low))  # room for the last number
         handles = [
@@ -135,7 +139,7 @@ def draw(results: Sequence[dict[str, Any]]) -> Figure:
             Line2D([], [], color=MUTED, marker="o", markerfacecolor="white", label="forward and backward"),
             Line2D([], [], color=MUTED, marker="o", label="whole step, as measured"),
         ]
-        if any(result["facts"]["micro_batches"] != DERIVED for result in results):
+        if any(results[0]["facts"]["micro_batches"] != DERIVED for results in groups):
             handles.append(
                 Line2D([], [], color=MUTED, marker="s", markerfacecolor="white",
                        label=f"step of {DERIVED} micro-batches, derived")
@@ -147,11 +151,12 @@ def draw(results: Sequence[dict[str, Any]]) -> Figure:
         return figure
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Change of throughput in per cent: the paper's, and every file's with its quartiles."""
-    heads = [f"{head}; {below}: {way}" for head, below in map(title, results) for way in ("fwd + bwd", "step")]
+def table(groups: Sequence[Measured]) -> str:
+    """Change of throughput in per cent: the paper's, and every panel's with its quartiles."""
+    titles = [title(results[0]) for results in groups]
+    heads = [f"{head}; {below}: {way}" for head, below in titles for way in ("fwd + bwd", "step")]
     lines = ["| | paper | " + " | ".join(heads) + " |", "| --- " * (2 + len(heads)) + "|"]
-    measured = [changes(result) for result in results]
+    measured = [changes(results) for results in groups]
     for variant, paper in PAPER.items():
         cells = [f"{100 * paper:.0f}"]
         for found in measured:
@@ -164,6 +169,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     out, *files = sys.argv[1:]
-    read = [json.loads(Path(file).read_text()) for file in files]
-    save(draw(read), Path(out))
-    print(table(read))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in files:
+        result = json.loads(Path(file).read_text())
+        groups.setdefault(title(result), []).append(result)
+    save(draw(list(groups.values())), Path(out))
+    print(table(list(groups.values())))

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moma.generation.kv_cache import Decoder, cast_once, compute_dtype
+from moma.generation.kv_cache import Decoder, compute_dtype, for_decoding, laid_out, plain_kernels
 from moma.generation.sampling import OWN, Sampling, guided, guided_three_way, row_uniforms, sample
 from moma.modality import Vocabulary
 from moma.model.feed_forward import CAUSAL_MODES, Mode
@@ -168,7 +168,7 @@ def generate(
         scales = 1.0, 1.0  # no picture can come: no row for its guidance
     streams = _streams(*scales)
     uniform_RN = row_uniforms(seed, range(len(prompts)) if rows is None else rows, max_new_tokens).to(device)
-    model = cast_once(model)
+    model = for_decoding(model)
     heads = _Heads(model, vocab, prompts)
 
     histories = [[stream(prompt, vocab) for prompt in prompts] for stream in streams]
@@ -277,8 +277,8 @@ class _Heads:
         self.n_structure = 2
         self.text_ids_V = torch.cat([torch.arange(*part, device=weight_VD.device) for part in ranges])
         low = compute_dtype(model)
-        self.text_weight_VD = torch.cat([weight_VD[start:stop].to(low) for start, stop in ranges])
-        self.image_weight_VD = weight_VD[vocab.image_start : vocab.image_stop].to(low)
+        self.text_weight_VD = laid_out(torch.cat([weight_VD[start:stop].to(low) for start, stop in ranges]))
+        self.image_weight_VD = laid_out(weight_VD[vocab.image_start : vocab.image_stop].to(low))
         seen = torch.zeros(len(prompts), vocab.size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             seen[row, [t for t in prompt if vocab.text_start <= t < vocab.text_stop]] = True
@@ -286,11 +286,11 @@ class _Heads:
 
     def image(self, hidden_SRD: Tensor) -> Tensor:
         """Logits of the image codes, at least fp32."""
-        return _wide(F.linear(hidden_SRD, self.image_weight_VD))
+        return _logits(hidden_SRD, self.image_weight_VD)
 
     def text(self, hidden_RD: Tensor, rows_R: Tensor, begin: bool) -> tuple[Tensor, Tensor]:
         """Logits of `text_ids_V`, BOI masked unless a picture may `begin`, and the columns seen so far."""
-        logits_RV = _wide(F.linear(hidden_RD, self.text_weight_VD))
+        logits_RV = _logits(hidden_RD, self.text_weight_VD)
         if not begin:
             logits_RV[:, 1] = -torch.inf
         return logits_RV, self.seen_RV[rows_R]
@@ -301,5 +301,7 @@ class _Heads:
         return self.text_ids_V[column_R]
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight_VD: Tensor) -> Tensor:
+    with plain_kernels(hidden.shape[:-1].numel(), weight_VD, weight_VD.dtype):
+        logits = F.linear(hidden, weight_VD)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -39,11 +39,40 @@ def compute_dtype(model: Transformer) -> torch.dtype:
     return torch.get_autocast_dtype(weight.device.type) if on else weight.dtype
 
 
-def cast_once(model: Transformer) -> Transformer:
-    """The model with its blocks' matrices in the compute type, which autocast would cast at every token; the same
-    numbers. Itself where there is nothing to cast."""
+def for_decoding(model: Transformer) -> Transformer:
+    """A model that shares everything with `model` but its blocks' matrices, which have the compute type (autocast would
+    cast them at every token) and, on a CPU, lie as `laid_out` says. Itself where there is nothing to change."""
     low = compute_dtype(model)
-    return model if low == model.embedding.weight.dtype else twin_of(model, low).model
+    weight = model.embedding.weight
+    if low == weight.dtype and weight.device.type != "cpu":
+        return model
+    twin = twin_of(model, low)
+    for matrix in twin.low:
+        stored_out_in = matrix.ndim == 2  # `nn.Linear`; stacks of experts and of modalities are (..., in, out)
+        matrix.data = laid_out(matrix.data if stored_out_in else matrix.data.mT)
+        matrix.data = matrix.data if stored_out_in else matrix.data.mT
+    return twin.model
+
+
+def laid_out(weight_OI: Tensor) -> Tensor:
+    """The same matrix (..., O, I) in the order in which a CPU reads it fastest for a single token: bf16 by outputs,
+    others by inputs (22 GB/s against 6, 26 against 15: one core, 65,536 x 512)."""
+    if weight_OI.device.type != "cpu":
+        return weight_OI
+    return weight_OI.contiguous() if weight_OI.dtype == torch.bfloat16 else weight_OI.mT.contiguous().mT
+
+
+@contextmanager
+def plain_kernels(tokens: int, weight: Tensor, low: torch.dtype) -> Iterator[None]:
+    """For a single token on a CPU in bf16, torch's own matrix-vector kernel: oneDNN's reads two thirds as fast."""
+    if tokens > 1 or weight.device.type != "cpu" or low != torch.bfloat16 or not torch.backends.mkldnn.enabled:
+        yield
+        return
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(True)
 
 
 def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:
@@ -101,7 +130,7 @@ class Decoder:
     def __init__(self, model: Transformer, vocab: Vocabulary, n_rows: int, n_slots: int, mode: Mode) -> None:
         self.model, self.vocab, self.mode = model, vocab, mode
         self.n_slots, self.next_slot = n_slots, 0
-        self.caches = build_caches(model, n_rows, n_slots)
+        self.caches, self.low = build_caches(model, n_rows, n_slots), compute_dtype(model)
         device = model.embedding.weight.device
         self.visible_RS = torch.zeros(n_rows, n_slots, dtype=torch.bool, device=device)
         self.slot_S = torch.arange(n_slots, device=device)
@@ -123,6 +152,7 @@ class Decoder:
         mask_RLS = (self.visible_RS[:, None] & (self.slot_S <= query_L1)) | (self.slot_S == query_L1)
         groups = padded_groups(tokens_RL, present_RL, self.vocab)
         mask = AttentionMask(mask_RLS[:, None])
-        hidden_RLD, _ = self.model(tokens_RL, position_RL, mask, groups, self.mode, self.caches)
+        with plain_kernels(tokens_RL.numel(), self.model.embedding.weight, self.low):
+            hidden_RLD, _ = self.model(tokens_RL, position_RL, mask, groups, self.mode, self.caches)
         self.next_slot = stop
         return hidden_RLD[:, -1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moma.model.attention import AttentionMask
+from moma.model.attention import AttentionMask, dense_mask
 from moma.model.feed_forward import CAUSAL_MODES
 from moma.model.loss import linear_cross_entropy
 from moma.model.transformer import ModelConfig
@@ -112,7 +112,7 @@ def test_token_by_token_with_caches_equals_the_full_forward(variant, mode, make_
         for i in range(batch.tokens_RL.shape[1]):
             here = slice(i, i + 1)
             groups = rebuild(batch.tokens_RL[:, here], batch.document_RL[:, here] * 0, vocab).groups
-            mask = AttentionMask(batch.mask.keys[:, :, here, : i + 1])
+            mask = AttentionMask(dense_mask(batch.mask.document_RL)[:, :, here, : i + 1])
             x = batch.tokens_RL[:, here], batch.position_RL[:, here], mask, groups, mode, caches
             parts.append(model(*x)[0])
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
