@@ -74,7 +74,9 @@ def own(name: str) -> set[str]:
     return modules
 
 
-LEAVES = tuple(f"moma.model.{name}" for name in ("routing", "experts", "kernels", "precision"))
+LEAVES = tuple(
+    f"moma.model.{name}" for name in ("routing", "experts", "slots", "grouped_matmul", "kernels", "precision")
+)
 
 
 def layer(name: str) -> int:

@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from moma.benchmarks.ceilings import measure_ceilings
 from moma.benchmarks.timing import in_turn, stopwatch
-from moma.model import experts, kernels
+from moma.model import kernels, slots
 from moma.model.attention import Attention, AttentionMask, document_mask, flex_mask, rotation
 
 DRY = "dry=1" in sys.argv[2:]
@@ -33,7 +33,7 @@ TOKENS = 512 if DRY else 24_576
 SIZES = {"90m": (512, 8), "435m": (1024, 16), "1_4b": (2048, 16)}  # dim, heads
 if DRY:
     SIZES = {"90m": (64, 2)}
-plain: Callable[..., Tensor] = getattr(experts, "plain_gather_sum", experts.gather_sum)
+plain = slots.plain_gather_sum
 
 
 def compare(ways: dict[str, Callable[[], Any]], **counts: float) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def gather_sums() -> dict[str, Any]:
     """Dispatch and combine: the kernel at several tile sizes, Inductor, plain torch; and with a residual and a norm."""
     # experts that take T / 8 tokens each by chance
     token_EK = torch.stack([torch.randperm(TOKENS, device=DEVICE)[: TOKENS // 8] for _ in range(8)]).sort(dim=1).values
-    maps = {"dispatch": token_EK.flatten()[:, None], "combine": experts.slots_of_tokens(token_EK, TOKENS)}
+    maps = {"dispatch": token_EK.flatten()[:, None], "combine": slots.slots_of_tokens(token_EK, TOKENS)}
     compiled: Any = torch.compile(plain, dynamic=False)
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"plain": plain, "Inductor": compiled}
     default = kernels.TILE, kernels.WARPS

@@ -22,11 +22,11 @@ from moma.benchmarks.peers import LAYERS, LayerShape, PeerLayer, built
 from moma.benchmarks.timing import Absent, Bench, Case, Goal
 from moma.distributed import autocast, choose_precision
 from moma.modality import TokenGroups
-from moma.model.experts import combine, dispatch
 from moma.model.feed_forward import build_feed_forward
 from moma.model.flops import feed_forward_part, router_part
 from moma.model.init import init_weights
 from moma.model.precision import wants_full_precision
+from moma.model.slots import combine, dispatch
 
 EXPERTS = 8  # of the peers
 

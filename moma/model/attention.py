@@ -9,7 +9,7 @@ the QK-norms have weights per modality, token t takes those of its own; the soft
 
 The tokens are gathered in the order of their modalities, go through one matmul per modality, and back: as many rows as
 shared weights multiply, also where the modalities' counts are known on the device only (padded groups: the grouped
-matmul of `experts.py`). Padding tokens have no modality: their q, k, v and outputs are exact zeros.
+matmul of `grouped_matmul.py`). Padding tokens have no modality: their q, k, v and outputs are exact zeros.
 
 The mask is built once per micro-batch, outside the blocks, on the device's own stream and without waiting for it:
 
@@ -39,7 +39,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from moma.modality import TokenGroups
 from moma.model.blocked_attention import document_attention
-from moma.model.experts import combine, dispatch, grouped_matmul, slots_of_tokens
+from moma.model.grouped_matmul import grouped_matmul
+from moma.model.slots import combine, dispatch, slots_of_tokens
 
 QkNorm = Literal["shared", "per_head", "none"]
 # keys from which FlexAttention beats SDPA under a boolean mask on a GPU: 0.72 times its tokens/s at 512 keys, 1.31

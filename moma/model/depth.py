@@ -31,7 +31,6 @@ from moma.modality import TokenGroups
 from moma.model.attention import Attention, AttentionMask, Rotation, at_tokens, document_mask
 from moma.model.aux_routers import AuxRouter, none_for
 from moma.model.block import Block, NormOrder
-from moma.model.experts import combine, dispatch, gather_sum, slots_of_tokens
 from moma.model.feed_forward import (
     UNDISTURBED,
     DenseFeedForward,
@@ -43,6 +42,7 @@ from moma.model.routing import Disturbance, RouterStats, State
 from moma.model.routing.cutoff import AUX_STATE, CUTOFF_DECAY, aux_average, cutoff_of, falling, moving_average
 from moma.model.routing.expert_choice import taken
 from moma.model.routing.rule import register_state, state_of, write_state
+from moma.model.slots import combine, dispatch, gather_sum, slots_of_tokens
 
 ROOM = 1024  # slots: see `_room`
 

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 
 from moma.modality import TokenGroups
 from moma.model.aux_routers import AuxRouter, none_for
-from moma.model.experts import Experts, Slots, combine, dispatch, equal_slots, gather_sum, ragged_slots, run
+from moma.model.experts import Experts, run
 from moma.model.precision import autocast, full_precision
 from moma.model.routing import SELECTIONS, Choice, Disturbance, Group, RouterStats, State
 from moma.model.routing.cutoff import AUX_STATE, aux_average, cutoff_of, falling
 from moma.model.routing.expert_choice import ExpertChoiceConfig
 from moma.model.routing.rule import register_state, state_of, write_state
+from moma.model.slots import Slots, combine, dispatch, equal_slots, gather_sum, ragged_slots
 from moma.schema import kind_field
 
 Mode = Literal["train", "aux", "aux_calibrated", "threshold"]

@@ -1,4 +1,4 @@
-"""Triton kernels for GPUs: the gather-sum of `experts.py` in one pass over memory.
+"""Triton kernels for GPUs: the gather-sum of `slots.py` in one pass over memory.
 
     out[o] = sum over c of x[index[o, c]]           an index of -1 adds nothing
 
@@ -67,7 +67,7 @@ def gather_sum_fast(x_ID: Tensor, index_OC: Tensor) -> Tensor:
     if not _takes(x_ID, index_OC):
         raise ValueError(
             f"got {x_ID.dtype} and {index_OC.shape[1]} columns, need one of {', '.join(map(str, DTYPES))} and at most "
-            f"{MAX_COLUMNS}: use moma.model.experts.gather_sum"
+            f"{MAX_COLUMNS}: use moma.model.slots.gather_sum"
         )
     return _op(x_ID, index_OC)
 

@@ -11,19 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from moma.model import experts as module
-from moma.model.experts import (
-    Experts,
-    Slots,
-    combine,
-    dispatch,
-    equal_slots,
-    grouped_matmul,
-    ragged_slots,
-    run,
-    slots_of_tokens,
-)
+from moma.model import experts as experts_module
+from moma.model import grouped_matmul as module
+from moma.model.experts import Experts, run
+from moma.model.grouped_matmul import grouped_matmul
 from moma.model.precision import autocast as cast
+from moma.model.slots import Slots, combine, dispatch, equal_slots, ragged_slots, slots_of_tokens
 
 DIM, HIDDEN, N_TOKENS = 6, 5, 11
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -239,6 +232,21 @@ def test_equal_form_is_a_batched_matmul_to_the_bit(case, dtype, autocast):
     weight = draw(N_TOKENS, DIM, seed=9, dtype=y_TD.dtype)
     got, need = (torch.autograd.grad((v * weight).sum(), wanted) for v in (y_TD, expected_TD))
     assert all(torch.equal(g, n) for g, n in zip(got, need, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_taken_a_few_at_a_time_have_the_same_bits(dtype, gated, monkeypatch):
+    experts, x_TD = new_experts(2, dtype), draw(N_TOKENS, DIM, dtype=dtype).requires_grad_()
+    token_EK = torch.tensor([[0, 2, 3, 7], [2, 5, 7, 10]])
+    gate_EK = draw(2, 4, seed=2).sigmoid().requires_grad_() if gated else None
+    outcomes = []
+    for part in (64, 3):  # of 8 slots
+        monkeypatch.setattr(experts_module, "PART", part)
+        y_TD = run_one(experts, x_TD, equal_slots(token_EK, gate_EK, N_TOKENS))
+        wanted = [x_TD, experts.w13, experts.w2, *([gate_EK] if gated else [])]
+        outcomes.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), wanted)])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
 
 
 def equal_loads(n_tokens, n_experts, seed=0):

@@ -15,10 +15,10 @@ from torch import nn
 
 from moma.modality import TokenGroups, exact_groups, modality_of, padded_groups
 from moma.model.block import RMSNorm
-from moma.model.experts import GatherSum, combine, dispatch, gather_sum, slots_of_tokens
 from moma.model.feed_forward import CAUSAL_MODES, DenseConfig, DenseFeedForward, SparseConfig, build_feed_forward
 from moma.model.routing import SELECTIONS, Group
 from moma.model.routing.expert_choice import ExpertChoiceConfig
+from moma.model.slots import GatherSum, combine, dispatch, gather_sum, slots_of_tokens
 
 LAYERS_ONLY = True
 DIM, HIDDEN = 6, 5

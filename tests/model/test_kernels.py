@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moma.model import experts, kernels
+from moma.model import kernels, slots
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which comes with CUDA builds of torch"
@@ -47,7 +47,7 @@ def check_everything(device):
         assert got.dtype == dtype and got.shape == (n_out, dim)
         torch.testing.assert_close(got.double(), looped(x, index), rtol=tolerances[dtype], atol=1e-6)
         if not (cut and dtype == torch.bfloat16):
-            assert torch.equal(got, experts.gather_sum(x, index.to(torch.int64)))  # the bits of the plain form
+            assert torch.equal(got, slots.gather_sum(x, index.to(torch.int64)))  # the bits of the plain form
     x, index = x.to(device), index.to(device)
     torch.library.opcheck(torch.ops.moma.gather_sum, (x, index))
     print("checked", len(shapes))
@@ -80,7 +80,7 @@ def test_a_cpu_keeps_the_plain_form():
 @pytest.mark.parametrize("dtype, columns", [(torch.float64, 2), (torch.float32, 17)])
 def test_what_the_kernel_cannot_do_is_refused(dtype, columns):
     index = torch.zeros(3, columns, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"got .*need one of torch.float32.*at most 16: use moma.model.experts"):
+    with pytest.raises(ValueError, match=r"got .*need one of torch.float32.*at most 16: use moma.model.slots"):
         kernels.gather_sum_fast(torch.zeros(2, 8, dtype=dtype), index)
 
 
