@@ -62,7 +62,7 @@ KEPT = {
     *(_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.sort.stable),
     *(_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default),
     *(_aten._scaled_dot_product_cudnn_attention.default, torch.ops.moma.document_attention.default),
-    torch.ops.higher_order.flex_attention,
+    *(torch.ops.moma.grouped_matmul.default, torch.ops.higher_order.flex_attention),
 }
 
 

@@ -2,7 +2,7 @@
 
     parameters, gradients   4 B each          optimizer       AdamW, 8 B          (all parameters trained)
                             stored in bf16: gradients 2 B, moments 4 B, but for norms and routers
-    working_copy            2 B for each number of the blocks' matrices, in bf16 on one process (moma/twin.py)
+    working_copy            2 B for each number of the blocks' matrices (bf16, not shared out: moma/twin.py)
     activations             what autograd keeps of the blocks, one of each kind measured without memory
     loss_head               hidden states, chunk of logits, gradient of the head, all at once
     peak                    what stays + max(loss head + activations, one block's backward + gradients)

@@ -55,6 +55,8 @@ class NextTokenConfig:
     trains_model = True
 
     def __post_init__(self) -> None:
+        if not 0 <= self.z_weight <= 0.01:
+            raise ValueError(f"got z_weight={self.z_weight}, need 0 to 0.01 (Chameleon's is 1e-5): change it")
         if self.aux_weight < 0:
             raise ValueError(f"got aux_weight={self.aux_weight}, need 0 (not trained along) or more: change it")
 

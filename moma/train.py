@@ -329,7 +329,8 @@ class _Run:
                     lr = learning_rate(step, self.total, config.optim, *units)
                     set_learning_rate(self.optimizer, lr)
                     step_(self.optimizer, skip)
-                    self.twin.refresh()
+                    if config.objective.trains_model:
+                        self.twin.refresh()
                     self.optimizer.zero_grad(set_to_none=True)
                     sum_([values for state in observed.values() for values in state.values()])
                     self.model.update_routing(observed, skip)
@@ -398,7 +399,10 @@ class _Run:
         modes: list[tuple[Mode, str]] = [("train", "val_"), ("threshold", "val_threshold_")]
         for mode, prefix in modes if self.model.needs_future else modes[:1]:
             batches = validation_batches(config.data.corpus, self.vocab, config.data, config.eval.batches, self.device)
-            with autocast(self.precision, self.device), torch.compiler.set_stance("force_eager"):
+            # the shapes differ; a model beside its twin was never compiled, and its attention may stay so
+            compiled = self.twin.model is self.model
+            eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+            with autocast(self.precision, self.device), eager:
                 metrics = perplexity(self.model, batches, self.vocab, mode)
             found |= {f"{prefix}{name}": value for name, value in metrics.items() if name.startswith("loss")}
         grown = {

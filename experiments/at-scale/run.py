@@ -33,7 +33,13 @@ CASES = {
     "435m-moe_4t4i": ["model=435m", "feed_forward=moe_4t4i", "data.rows=6"],
     "1_4b-dense": ["model=1_4b", "feed_forward=dense", "data.rows=4"],
     # as many images in a micro-batch as come: padded groups
-    "435m-moe_4t4i-mixed": ["model=435m", "feed_forward=moe_4t4i", "data.balance=false", "data.rows=6"],
+    "435m-moe_4t4i-mixed": [
+        "model=435m",
+        "feed_forward=moe_4t4i",
+        "data.balance=false",
+        "data.rows=6",
+        "parallel.shard=false",
+    ],
 }
 PAUSES = ("_validate", "_save", "_refuse_bad_parameters")  # where the loop waits on purpose, once in a while
 WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.item", "aten.unique")
@@ -111,10 +117,12 @@ def run(name: str, overrides: list[str], folder: Path, steps: int, made: list[st
 
     summary = watch(waits, 5)
     command = [
-        *made, *overrides, f"run_dir={run_dir}", f"duration={{steps:{steps}}}", "parallel.shard=true",
+        *made, *overrides, f"run_dir={run_dir}", f"duration={{steps:{steps}}}",
         "parallel.compile=on", "optim=paper", "optim.warmup.steps=10", "log.interval=20", "eval.interval=null",
         f"checkpoint.interval={{steps:{steps // 2}}}", "checkpoint.keep_last=1",
     ]  # fmt: skip
+    if "parallel.shard=false" not in overrides:
+        command.append("parallel.shard=true")
     try:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -55,16 +55,16 @@ def stages(call: int, dry: bool) -> list[tuple[str, int, list[str]]]:
             ("parts", 180, [parts, "{out}", *toy]),
             ("layer 1_4b", 150, bench("layer", "1_4b", dry, "rounds=7")),  # H5, H6, H7
             ("attention 1_4b", 90, bench("attention", "1_4b", dry, "rounds=7")),  # H9
-            ("head 1_4b", 90, bench("head", "1_4b", dry, "rounds=5")),  # H8, H7
+            ("head 1_4b", 90, bench("head", "1_4b", dry, "rounds=7")),  # H8, H7
             ("layer 435m", 90, bench("layer", "435m", dry, "rounds=7")),
-            ("head 90m", 60, bench("head", "90m", dry, "rounds=5")),
+            ("head 90m", 60, bench("head", "90m", dry, "rounds=7")),
         ]
     if call == 2:
         mod = "variants=[dense,mod_moe_1t1i,mod_moe_4t4i]"
         graphs = [steps, "{out}", "model=90m", "variants=dense,moe_4t4i", "graphs=1", *toy]
         return [
             ("step 435m", 210, bench("step", "435m", dry, *short)),  # H1, H2, H3, H7, H11
-            ("step 90m", 150, bench("step", "90m", dry, "rounds=5", "warmup=1")),  # H1, H2, and transformers
+            ("step 90m", 150, bench("step", "90m", dry, "rounds=7", "warmup=1")),  # H1, H2, and transformers
             ("graphs 90m", 150, graphs),  # H10
             ("depth 435m", 150, bench("step", "435m", dry, mod, *short)),  # H4
         ]

@@ -84,7 +84,7 @@ def measure(config: BenchConfig, variant: str, parallel: ParallelConfig, reduced
     made = architecture(config, variant)
     subject = suite.build(config, made, vocab, batches, DEVICE)
     if reduced:
-        optim = replace(suite.OPTIM, state_dtype="bf16", grad_dtype="bf16")
+        optim = replace(suite.OPTIM, state_dtype="bf16")  # gradients are sums: fp32
         subject.optimizer = build_optimizer(subject.model.named_parameters(), optim)
 
     def once(number: int = 0) -> Any:

@@ -269,8 +269,8 @@ def _cut_cross_entropy(shape: LayerShape) -> PeerHead:
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
     cuda = shape.device.type == "cuda"
-    implementation = "cce" if cuda else "torch_compile"
-    note = "leaves small gradients out" if cuda else "its torch_compile form, logits at once"
+    implementation = "cce_kahan_full_c" if cuda else "torch_compile"
+    note = "keeps small gradients" if cuda else "its torch_compile form, logits at once"
     return PeerHead(
         lambda h_TD, w_VD, target_T: linear_cross_entropy(
             h_TD, w_VD, target_T, ignore_index=IGNORE, impl=implementation

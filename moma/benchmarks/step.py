@@ -323,7 +323,8 @@ def goals(config: BenchConfig, device: str, peak: float | None) -> list[Goal]:
     """What is to hold on a CPU or on a GPU, for the models and the number of micro-batches that are measured."""
     wanted: list[Goal] = []
     if device == "cpu":
-        wanted.append(Goal("P3", f"dense step: times as fast as {PEER}", 1.3, "dense", PEER, at_least=True))
+        for peer in (PEER, f"{PEER}, bf16 parameters"):
+            wanted.append(Goal("P3", f"dense step: times as fast as {peer}", 1.3, "dense", peer, at_least=True))
         wanted.append(Goal("P3", "moe_4t4i step / dense step", 1.08, "moe_4t4i", "dense"))
     else:
         size, once, deep = config.size, FORWARD_BACKWARD, "mod_moe_"

@@ -64,15 +64,18 @@ def laid_out(weight_OI: Tensor) -> Tensor:
 
 @contextmanager
 def plain_kernels(tokens: int, weight: Tensor, low: torch.dtype) -> Iterator[None]:
-    """For a single token on a CPU in bf16, torch's own matrix-vector kernel: oneDNN's reads two thirds as fast."""
+    """For a single token on a CPU in bf16, torch's own matrix-vector kernel: oneDNN's reads two thirds as fast.
+
+    The switch is the process's: threads that decode at the same time see each other's.
+    """
     if tokens > 1 or weight.device.type != "cpu" or low != torch.bfloat16 or not torch.backends.mkldnn.enabled:
         yield
         return
-    torch.backends.mkldnn.set_flags(False)
+    torch._C._set_mkldnn_enabled(False)  # the public way would reset other settings too
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(True)
+        torch._C._set_mkldnn_enabled(True)
 
 
 def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:

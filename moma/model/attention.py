@@ -90,7 +90,7 @@ class AttentionMask(NamedTuple):
 
 
 def document_mask(document_RL: Tensor, alone: bool = False) -> AttentionMask:
-    """What every layer of a micro-batch attends to, from document numbers int64 (R, L), in runs: a document's tokens
+    """What every layer of a micro-batch attends to, from document numbers (R, L), in runs: a document's tokens
     follow each other.
 
     `alone`: every row is known to be one document, without padding; a GPU then takes SDPA's causal kernels.

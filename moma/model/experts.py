@@ -3,7 +3,8 @@
     y = W2 ( g * silu(x W1) * (x W3) )        weights (E, in, out), W1 and W3 fused: one multiplication each
 
 All groups of a layer go together: one gather, a batched (or grouped) matmul per group, one gather-sum. FLOPs are those
-of a dense feed-forward over the filled slots; bytes beside the matmuls: every row of x and y read and written once.
+of a dense feed-forward over the filled slots. Bytes beside the matmuls: every row of x and y is read and written once,
+and the activation passes are those of a dense feed-forward.
 
 Legend: T tokens, E experts of a group, K slots per expert, S slots of all groups, D dim, F hidden width.
 """

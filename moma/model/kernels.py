@@ -61,7 +61,7 @@ def usable(x_ID: Tensor, index_OC: Tensor) -> bool:
 def gather_sum_fast(x_ID: Tensor, index_OC: Tensor) -> Tensor:
     """out[o] = sum over c of x[index[o, c]], an index of -1 adding nothing: (O, D), dtype of x.
 
-    `index_OC` is int32 or int64 with at most 16 columns. Sums in fp32. No gradient of its own: `experts.GatherSum` has
+    `index_OC` is int32 or int64 with at most 16 columns. Sums in fp32. No gradient of its own: `slots.GatherSum` has
     it. Raises ValueError for another dtype or more columns.
     """
     if not _takes(x_ID, index_OC):

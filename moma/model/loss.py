@@ -4,9 +4,9 @@
 
 The gradient is computed in the forward pass, chunk by chunk, while the logits are at hand, and written over them.
 Memory beyond hidden states, weight and their gradients is one chunk of logits in the compute type. Softmax and sums
-are in at least fp32; the two matmuls run in the stated compute type. FLOPs: 6 T D V, as with the plain form. Bytes
-beside the matmuls: the logits are read and written once; a GPU does it in one compiled kernel, a CPU a few rows at a
-time, so that what is in between stays in its caches.
+are in at least fp32; the two matmuls run in the stated compute type. FLOPs: 6 T D V, as with the plain form. Beside
+the matmuls the logits are read for the sum, read and overwritten for the gradient: a GPU does it in one compiled
+kernel, a CPU a few rows at a time, so that what is in between stays in its caches.
 
 Legend: T tokens, C tokens of a chunk, V entries of the vocabulary, D dim.
 """

@@ -34,7 +34,7 @@ def test_the_candidates_for_gpus_are_named():
     readings, absent = measure(suite, 3, 1, CPU)
     assert len(absent) == 5 and all(each.memory_bytes for each in readings if each.flops)
     assert suite.facts["pairs"] == {"packed": 2 * (66 + 66 + 55), "one document": 2 * 528}
-    assert {goal.id for goal in attention.goals(torch.device("cuda"))} == {"H9"} and not suite.goals
+    assert {goal.id for goal in attention.goals(torch.device("cuda"), 8)} == {"H9"} and not suite.goals
 
 
 def test_flex_and_varlen_get_the_same_documents(monkeypatch):

@@ -124,8 +124,8 @@ QUIET, LOUD = Noise(1.0, 0.98, 1.02, 0.9, 1.1), Noise(1.0, 0.9, 1.1, 0.5, 2.0)
         (Goal("P1", "", 1.17, "slow"), QUIET, 1.2, False),
         (Goal("P1", "", 1.15, "slow"), LOUD, 1.2, None),  # holds by the noise alone
         (Goal("P1", "", 1.25, "slow"), LOUD, 1.2, True),
-        (Goal("P2", "", 2.01, "base", "twice", at_least=True), QUIET, 2.0, True),
-        (Goal("P2", "", 2.03, "base", "twice", at_least=True), QUIET, 2.0, False),
+        (Goal("P2", "", 2.03, "base", "twice", at_least=True), QUIET, 2.0, True),  # 2 % of 2
+        (Goal("P2", "", 2.05, "base", "twice", at_least=True), QUIET, 2.0, False),
         (Goal("C4", "", 0.50, "slow", of="memory"), QUIET, 0.5, True),
         (Goal("C4", "", 0.49, "slow", of="memory"), QUIET, 0.5, False),  # memory has no noise
         (Goal("H5", "", 10.1, "slow", of="flops", at_least=True), QUIET, 10.0, True),
