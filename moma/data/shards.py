@@ -25,7 +25,9 @@ import json
 import os
 import uuid
 import zipfile
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +171,8 @@ class ShardedSource:
         self._shards = shards
         indices = [_read_index(self.folder, shard, self.dtype.itemsize) for shard in shards]
         counts = [shard["documents"] for shard in shards]
-        self._first_document = np.cumsum([0, *counts], dtype=np.int64)
-        self.n_documents = int(self._first_document[-1])
+        self._first_document = [0, *accumulate(counts)]
+        self.n_documents = self._first_document[-1]
         self._doc_offset = [doc for doc, _, _ in indices]
         self._segment_offset = [segment for _, segment, _ in indices]
         self._segment_images = [images for _, _, images in indices]
@@ -212,8 +214,8 @@ class ShardedSource:
     def _locate(self, doc: int) -> tuple[int, int]:
         if not 0 <= doc < self.n_documents:
             raise IndexError(f"got document {doc}, need 0 to {self.n_documents - 1}")
-        shard = int(np.searchsorted(self._first_document, doc, side="right")) - 1
-        return shard, doc - int(self._first_document[shard])
+        shard = bisect_right(self._first_document, doc) - 1
+        return shard, doc - self._first_document[shard]
 
     def _span(self, doc: int, start: int, stop: int) -> tuple[int, int]:
         shard, local = self._locate(doc)
@@ -223,16 +225,16 @@ class ShardedSource:
         return shard, int(begin) + start
 
     def _numbers(self, file: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-        path, size = self.folder / file, count * dtype.itemsize
+        size = count * dtype.itemsize
         try:
             if file not in self._files:
-                self._files[file] = io.FileIO(path)
+                self._files[file] = io.FileIO(self.folder / file)
             content = os.pread(self._files[file].fileno(), size, offset * dtype.itemsize)
         except OSError as error:
-            raise _unreadable(path, str(error.strerror)) from error
+            raise _unreadable(self.folder / file, str(error.strerror)) from error
         if len(content) != size:
             raise ValueError(
-                f"got {len(content)} of {size} bytes at {offset * dtype.itemsize} in {path}, need the file as it was "
+                f"got {len(content)} of {size} bytes at {offset * dtype.itemsize} in {self.folder / file}, need the file as it was "
                 "when the corpus was opened (it has been cut short since): copy it again"
             )
         return np.frombuffer(content, dtype)
