@@ -234,8 +234,8 @@ class ShardedSource:
             raise _unreadable(self.folder / file, str(error.strerror)) from error
         if len(content) != size:
             raise ValueError(
-                f"got {len(content)} of {size} bytes at {offset * dtype.itemsize} in {self.folder / file}, need the file as it was "
-                "when the corpus was opened (it has been cut short since): copy it again"
+                f"got {len(content)} of {size} bytes at {offset * dtype.itemsize} in {self.folder / file}, need the "
+                "file as it was when the corpus was opened (it has been cut short since): copy it again"
             )
         return np.frombuffer(content, dtype)
 
