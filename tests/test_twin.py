@@ -1,4 +1,4 @@
-"""The working copy in bf16 computes what autocast over the masters computes, to the last bit, and casts once per step."""
+"""The working copy in bf16 computes what autocast over the masters does, to the last bit, and casts once per step."""
 
 import pytest
 import torch

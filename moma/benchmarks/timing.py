@@ -13,11 +13,14 @@ that raises is absent, with its reason; what is ours raises.
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+
+from moma.log import Progress
 
 MAX_SPREAD = 0.1
 Stopwatch = Callable[[Callable[[], Any]], float]  # runs once and returns seconds
@@ -143,7 +146,9 @@ def measure(
             absent.append(Absent(case.name, first_line(error)))
             del cases[case.name]
 
+    progress = Progress("rounds", rounds, stream=sys.stderr)
     for case in list(cases.values()):
+        progress.update(0, f"warming up {case.name}")
         attempt(case, lambda case=case: [case.run() for _ in range(warmup)])
     collecting = gc.isenabled()
     gc.disable()
@@ -155,7 +160,9 @@ def measure(
                 seconds = attempt(case, lambda case=case: timed(case.run))
                 if seconds is not None:
                     times[case.name].append(seconds)
+            progress.update(number + 1)
     finally:
+        progress.close()
         gc.unfreeze()
         if collecting:
             gc.enable()
