@@ -82,8 +82,13 @@ class DataConfig:
 
     def modality_shares(self, vocab: Vocabulary) -> tuple[float, ...]:
         """Share of text and image tokens, constant, or on average without `balance`; further modalities count as text
-        here."""
+        here. Raises ValueError for more images than fit."""
         image = self.images * vocab.tokens_per_image / (self.rows * self.row_length)
+        if image > 1:
+            raise ValueError(
+                f"got data.images={self.images} of {vocab.tokens_per_image} codes in {self.rows} x {self.row_length} "
+                "tokens, need as many as fit: lower data.images, or raise data.rows or data.row_length"
+            )
         return (1 - image, image, *([0.0] * len(vocab.extra_modalities)))
 
 

@@ -214,3 +214,8 @@ def test_memory_estimate_is_within_ten_percent_of_the_measured_peak(made, overri
     peak = sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
     assert estimate["peak"] == pytest.approx(peak, rel=0.10)
     assert estimate["parameters"] == sum(4 * p.numel() for p in model.parameters())
+
+
+def test_more_images_than_fit_are_refused(made):
+    with pytest.raises(ValueError, match=r"got data.images=900 of 16 codes in .* tokens, need as many as fit: lower"):
+        describe.describe(config(made, "data.images=900"))
