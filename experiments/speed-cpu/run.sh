@@ -20,7 +20,7 @@ for suite in "${@:-layer head attention step decode data checkpoint}"; do
       head) one head-bf16 suite=head precision=bf16 rounds=7 warmup=1 ;;
       attention) for precision in bf16 fp32; do one "attention-$precision" suite=attention "precision=$precision"; done ;;
       step) one step-bf16 suite=step precision=bf16 micro_batches=1 rounds=7 warmup=1 ;;
-      decode) for precision in bf16 fp32; do one "decode-$precision" suite=decode "precision=$precision" 'variants=[dense,moe_4t4i]'; done ;;
+      decode) for precision in bf16; do one "decode-$precision" suite=decode "precision=$precision" new_tokens=256 rounds=7 'variants=[dense]'; done ;;
       data) one data suite=data rows=6 threads=2 ;;
       checkpoint) one checkpoint suite=checkpoint 'variants=[dense]' ;;
     esac
