@@ -15,7 +15,7 @@ from moma.config import compose
 from moma.data.shards import open_corpus
 from moma.data.synthetic import write_synthetic
 from moma.log import MEASURED
-from moma.objectives import is_aux
+from moma.objectives import NextTokenConfig, is_aux
 from moma.run import DataConfig, validation_batches
 from moma.train import main
 
@@ -336,3 +336,9 @@ def test_chosen_steps_are_traced_and_sources_and_parts_logged(made, tmp_path):
     assert last["val_threshold_loss"] > 0
     with pytest.raises(ValueError, match=r"got profile.start=-1 and profile.steps=0, need 0 or more: steps=0 turns it"):
         command(made, run, "profile.start=-1")
+
+
+@pytest.mark.parametrize("z_weight", [-1e-5, 0.5])
+def test_a_z_loss_that_is_no_small_one_is_refused(z_weight):
+    with pytest.raises(ValueError, match=rf"got z_weight={z_weight}, need 0 to 0.01 "):
+        NextTokenConfig(z_weight=z_weight)
