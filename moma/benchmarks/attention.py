@@ -22,7 +22,7 @@ from moma.benchmarks.memory import peak_extra_bytes
 from moma.benchmarks.micro_batch import images_of, micro_batch, vocabulary
 from moma.benchmarks.timing import Absent, Bench, Case, Goal
 from moma.distributed import autocast, choose_precision
-from moma.model.attention import Attention, document_mask
+from moma.model.attention import Attention, dense_mask, document_mask, rotate, rotation
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, L, A), k and v (R, G, L, A) -> (R, H, L, A)
 MASKED, CAUSAL, OURS = "SDPA, boolean mask", "SDPA causal", "ours"
@@ -65,8 +65,8 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
                 return made(x_RLD, position_RL, mask, groups)
             qkv_RLJA = made.wqkv(x_RLD).unflatten(2, (sum(heads), head_dim))
             q_RHLA, k_RGLA, v_RGLA = qkv_RLJA.transpose(1, 2).split(heads, dim=1)
-            cos, sin = angles(position_RL, head_dim, model.rope_theta)
-            y_RHLA = between(turned(q_RHLA, cos, sin), turned(k_RGLA, cos, sin), v_RGLA)
+            turn = rotation(position_RL, head_dim, model.rope_theta, q_RHLA.dtype)
+            y_RHLA = between(rotate(q_RHLA, turn), rotate(k_RGLA, turn), v_RGLA)
             return made.wo(y_RHLA.transpose(1, 2).flatten(2))
 
         runs: Any = torch.compile(forward, dynamic=False) if compiled else forward
@@ -100,7 +100,7 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
         return between
 
     packed_RL = batches["packed"].document_RL
-    keys = boolean_mask(packed_RL)
+    keys = dense_mask(packed_RL)
     cases = [
         case(MASKED, "packed", plain(keys), ours=True),
         case(OURS, "packed", None, ours=True),
@@ -134,26 +134,6 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
     }
     twin = case(f"{MASKED} again", "packed", plain(keys), ours=True)
     return Bench(cases, f"{MASKED}, packed", twin, absent, facts, goals(device, model.n_layers))
-
-
-def angles(position_RL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of RoPE, (R, 1, L, A / 2) each."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_RL.device) / head_dim)
-    angle = position_RL[:, None, :, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def turned(x_RHLA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in fp32, as the layer does it: pairs (a, a + A / 2)."""
-    a, b = x_RHLA.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_RHLA.dtype)
-
-
-def boolean_mask(document_RL: Tensor) -> Tensor:
-    """Which keys a query sees, (R, 1, L, L)."""
-    length = document_RL.shape[1]
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=document_RL.device).tril()
-    return (document_RL[:, None, :, None] == document_RL[:, None, None, :]) & causal_LL
 
 
 def pairs(document_RL: Tensor) -> int:

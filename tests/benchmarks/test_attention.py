@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from moma.benchmarks import attention
 from moma.benchmarks.timing import measure
 from moma.config import compose
+from moma.model.attention import dense_mask
 
 CPU = torch.device("cpu")
 TOY = ["suite=attention", "model.dim=32", "model.n_heads=4", "rows=2", "row_length=32", "vocab_size=256", "documents=3"]
@@ -42,7 +43,7 @@ def test_flex_and_varlen_get_the_same_documents(monkeypatch):
     document = torch.tensor([[0] * 5 + [1] * 11, [0] * 9 + [1] * 7], dtype=torch.int32)
     source = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, 16, 8, generator=source) for _ in range(3))
-    wanted = F.scaled_dot_product_attention(q, k, v, attention.boolean_mask(document))
+    wanted = F.scaled_dot_product_attention(q, k, v, dense_mask(document))
     torch.testing.assert_close(attention.flex(document, False)(q, k, v), wanted, rtol=1e-4, atol=1e-5)
 
     def one_by_one(q_THA, k_THA, v_THA, ends, keys, longest, longest_keys, **causal):
