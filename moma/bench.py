@@ -22,7 +22,7 @@ from moma.benchmarks.config import DTYPES, BenchConfig
 from moma.benchmarks.peers import use_sources
 from moma.benchmarks.timing import Absent, Goal, Noise, Reading, judge, measure, noise
 from moma.config import Composed, locate, plain
-from moma.distributed import choose_device, choose_precision
+from moma.distributed import choose_device, choose_precision, fast_float32
 
 __all__ = ["BenchConfig", "bench", "main", "print_table"]
 
@@ -59,7 +59,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         ceilings = {}
         if config.ceilings:
             shape = (config.tokens, config.model.dim, 2 * config.model.ffn_dim)
-            ceilings = measure_ceilings(device, DTYPES[precision], shape)
+            with fast_float32(device):
+                ceilings = measure_ceilings(device, DTYPES[precision], shape)
         use_sources(config.peers_path)
         suite = locate(SUITES[config.suite])(config, device)
         readings, absent = measure(suite, config.rounds, config.warmup, device, ceilings)

@@ -1,7 +1,7 @@
 """Where and how a step runs: device, precision, recomputation, compilation, ranks. Model code knows none of it.
 
     bf16    matmuls in bf16 over fp32 master weights (autocast); routers, norms, losses in fp32
-    fp32    everything in fp32
+    fp32    everything in fp32; on AMD's CPUs by the library that uses their vectors (`fast_float32`)
 
 Every block is recomputed in backward, compiled and shared out by itself, from the inside out:
 
@@ -28,12 +28,14 @@ each:
 """
 
 import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -124,6 +126,59 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The stated policy: matmuls in bf16 over fp32 master weights, or everything in fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def fast_float32(device: torch.device) -> Iterator[None]:
+    """Let oneDNN do large fp32 matmuls on a CPU where MKL, torch's own choice, leaves half of the vectors idle: AMD
+    with AVX-512 (twice the FLOP/s on Zen 5; below some 100 rows, as in decoding, MKL is the faster).
+
+    torch hands fp32 matmuls to oneDNN where it may round to bf16, and without matrix tiles (AMX) oneDNN has no such
+    kernel: all stays fp32, which `_onednn_keeps_float32` makes sure of. Process-wide, and undone on leaving.
+    """
+    with _bf16_allowed() if helps_float32(device) else contextlib.nullcontext():
+        yield
+
+
+def helps_float32(device: torch.device) -> bool:
+    """Whether `fast_float32` changes anything on this machine."""
+    return device.type == "cpu" and _cpu_of_amd() and _onednn_keeps_float32()
+
+
+@contextlib.contextmanager
+def _bf16_allowed() -> Iterator[None]:
+    # not torch.backends.mkldnn.matmul.fp32_precision: once that is set, Inductor may not read the precision any more
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@functools.cache
+def _cpu_of_amd() -> bool:
+    with contextlib.suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+@functools.cache
+def _onednn_keeps_float32() -> bool:
+    """Whether matmuls keep fp32's precision where torch is allowed to round their operands to bf16, whose error would
+    be 2e-3: tried at sizes and layouts that call different kernels."""
+    source = torch.Generator().manual_seed(0)
+
+    def error(m: int, k: int, n: int) -> float:
+        x_BMK, w_BKN = (torch.randn(2, *size, generator=source) for size in ((m, k), (k, n)))
+        y_BMN, kept_BMN = torch.bmm(x_BMK, w_BKN), torch.bmm(x_BMK.double(), w_BKN.double())
+        flat_MN, turned_MN = x_BMK[0] @ w_BKN[0], (w_BKN[0].mT.contiguous() @ x_BMK[0].mT.contiguous()).mT
+        found = torch.stack([y_BMN[0], y_BMN[1], flat_MN, turned_MN]).double()
+        exact = torch.stack([kept_BMN[0], kept_BMN[1], kept_BMN[0], kept_BMN[0]])
+        return float((found - exact).norm() / exact.norm())
+
+    with _bf16_allowed():
+        return max(error(*size) for size in ((512, 256, 384), (1024, 64, 48), (96, 1376, 512))) < 1e-5
 
 
 class Ranks(NamedTuple):

@@ -22,7 +22,7 @@ import torch
 from moma.config import Composed, build
 from moma.data.batch import Batch
 from moma.data.shards import open_corpus
-from moma.distributed import autocast, choose_device
+from moma.distributed import autocast, choose_device, fast_float32
 from moma.evaluation import EVALUATORS
 from moma.evaluation.baselines import fit
 from moma.evaluation.diagnostics import specialisation
@@ -73,7 +73,8 @@ def main(composed: Composed) -> int:
     corpus = config.corpus or data.corpus
     require_held_out(corpus, run.vocab)
     artist = Artist(run, corpus, config.pictures, device) if config.pictures else None
-    result = evaluate(run, data, corpus, config.batches, device, config.error_rates)
+    with fast_float32(device):
+        result = evaluate(run, data, corpus, config.batches, device, config.error_rates)
     if artist is not None:
         result["pictures"] = artist.distances()
     out = config.out or config.run / "eval.json"

@@ -50,6 +50,7 @@ from moma.distributed import (
     choose_device,
     choose_precision,
     compiles,
+    fast_float32,
     peak_flops,
     process_group,
     send_gradients,
@@ -110,7 +111,8 @@ def main(composed: Composed) -> int:
 
 def train(config: TrainConfig, resolved: dict[str, Any], run_dir: Path) -> int:
     """Run (or resume) `config` in `run_dir`; see the module docstring. Raises ValueError for a user's mistake."""
-    with process_group(config.parallel.device, config.parallel.timeout_min) as ranks:
+    device = choose_device(config.parallel.device)
+    with process_group(config.parallel.device, config.parallel.timeout_min) as ranks, fast_float32(device):
         return _train(config, resolved, run_dir, ranks)
 
 

@@ -1,11 +1,15 @@
 """How a model is shared out: sizes of the parts on process groups that are not there, and what is refused."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moma import distributed
 from moma.benchmarks.micro_batch import micro_batch, vocabulary
 from moma.distributed import (
     Late,
@@ -16,6 +20,8 @@ from moma.distributed import (
     average_,
     begin_pass,
     cut_along,
+    fast_float32,
+    helps_float32,
     peak_flops,
     shard_,
     sum_,
@@ -186,3 +192,52 @@ def test_gradients_travel_in_the_type_that_was_asked_for(world):
         dist.destroy_process_group()
     rounded = value if world == 1 else value.bfloat16().float()
     assert torch.equal(low, rounded / world) and torch.equal(full, value / world) and torch.equal(summed, rounded)
+
+
+def matmul_error(m, k, n):
+    """Relative errors of a plain, a transposed and a batched fp32 matmul, against float64."""
+    source = torch.Generator().manual_seed(m)
+    x_BMK, w_BKN = (torch.randn(2, *size, generator=source) for size in ((m, k), (k, n)))
+    exact = x_BMK.double() @ w_BKN.double()
+    found = x_BMK @ w_BKN, torch.stack([(w.mT.contiguous() @ x.mT).mT for x, w in zip(x_BMK, w_BKN, strict=True)])
+    return max(float((each - exact).norm() / exact.norm()) for each in found)
+
+
+@pytest.mark.parametrize("size", [(1, 64, 128), (100, 513, 96), (512, 1376, 64), (2048, 64, 352)])
+def test_fast_float32_is_float32(size):
+    """Rounding to bf16 would err by 2e-3."""
+    with fast_float32(torch.device("cpu")):
+        assert matmul_error(*size) < 1e-6
+        assert torch.get_float32_matmul_precision() == ("medium" if helps_float32(torch.device("cpu")) else "highest")
+
+
+def test_fast_float32_leaves_the_process_as_it_was(monkeypatch):
+    monkeypatch.setattr(distributed, "helps_float32", lambda device: True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(KeyError), fast_float32(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "medium"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("amd", "exact", "device"), [(False, True, "cpu"), (True, False, "cpu"), (True, True, "cuda"), (True, True, "cpu")]
+)
+def test_fast_float32_asks_for_the_processor_and_for_exactness(amd, exact, device, monkeypatch):
+    monkeypatch.setattr(distributed, "_cpu_of_amd", lambda: amd)
+    monkeypatch.setattr(distributed, "_onednn_keeps_float32", lambda: exact)
+    wanted = amd and exact and device == "cpu"
+    assert helps_float32(torch.device(device)) == wanted
+    with fast_float32(torch.device(device)):
+        assert torch.get_float32_matmul_precision() == ("medium" if wanted else "highest")
+
+
+def test_a_library_that_rounds_is_found_out(monkeypatch):
+    probe = distributed._onednn_keeps_float32.__wrapped__
+    monkeypatch.setattr(distributed, "_bf16_allowed", contextlib.nullcontext)
+    assert probe()
+    monkeypatch.setattr(distributed, "_bf16_allowed", partial(torch.autocast, "cpu", torch.bfloat16))
+    assert not probe()

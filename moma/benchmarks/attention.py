@@ -9,6 +9,7 @@ mask needs: 3 x (projections + 4 H A per pair of a query and a key it sees). Mem
 import contextlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from moma.benchmarks.config import DTYPES, BenchConfig, compiles
 from moma.benchmarks.memory import peak_extra_bytes
 from moma.benchmarks.micro_batch import images_of, micro_batch, vocabulary
 from moma.benchmarks.timing import Absent, Bench, Case, Goal
-from moma.distributed import autocast, choose_precision
+from moma.distributed import autocast, choose_precision, fast_float32
 from moma.model.attention import Attention, dense_mask, document_mask, rotate, rotation
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (R, H, L, A), k and v (R, G, L, A) -> (R, H, L, A)
@@ -88,6 +89,7 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
             tokens=config.tokens,
             note=note,
             memory=lambda: peak_extra_bytes(step, device),
+            within=partial(fast_float32, device),
         )
 
     def plain(mask: Tensor | None, backend: SDPBackend | None = None) -> Kernel:

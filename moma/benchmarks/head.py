@@ -20,7 +20,7 @@ from moma.benchmarks.memory import peak_extra_bytes
 from moma.benchmarks.micro_batch import images_of, micro_batch, vocabulary
 from moma.benchmarks.peers import HEADS, Z_WEIGHT, LayerShape, PeerHead, built
 from moma.benchmarks.timing import Absent, Bench, Case, Goal, first_line
-from moma.distributed import choose_precision
+from moma.distributed import choose_precision, fast_float32
 from moma.modality import IGNORE
 from moma.model.loss import linear_cross_entropy
 
@@ -67,6 +67,7 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
             tokens=config.tokens,
             note=head.note,
             memory=lambda: peak_extra_bytes(step, device),
+            within=functools.partial(fast_float32, device),
         )
 
     cases = [case("naive", PeerHead(naive, True)), case("ours", PeerHead(ours, True))]

@@ -4,7 +4,8 @@
 
 Weights rest in the compute type, routers in fp32; peers get x in the compute type. A repetition returns the gradients
 and frees them, so nobody accumulates. FLOPs: 3 x the forward of moma/model/flops.py. Memory: what forward saves for
-backward, on a GPU the peak of a repetition.
+backward, on a GPU the peak of a repetition. Where `fast_float32` changes anything, ours run in it, as in training;
+peers run as torch runs them, and the best of them a second time in it.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from moma.benchmarks.memory import peak_extra_bytes, saved_bytes
 from moma.benchmarks.micro_batch import images_of, micro_batch, vocabulary
 from moma.benchmarks.peers import LAYERS, LayerShape, PeerLayer, built
 from moma.benchmarks.timing import Absent, Bench, Case, Goal
-from moma.distributed import autocast, choose_precision
+from moma.distributed import autocast, choose_precision, fast_float32, helps_float32
 from moma.modality import TokenGroups
 from moma.model.feed_forward import build_feed_forward
 from moma.model.flops import feed_forward_part, router_part
@@ -30,6 +31,7 @@ from moma.model.precision import wants_full_precision
 from moma.model.slots import combine, dispatch
 
 EXPERTS = 8  # of the peers
+LENT = ("transformers Mixtral grouped_mm", "grouped_mm as in torchtitan")  # also with our choice of fp32 matmuls
 
 
 class _Work(NamedTuple):
@@ -88,8 +90,12 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
             found = built(name, entry, LayerShape(*sizes, work.dtype, device))
             if isinstance(found, Absent):
                 absent.append(found)
-            else:
-                cases.append(_peer(work, name, found))
+                continue
+            cases.append(_peer(work, name, found))
+            if name in LENT and work.dtype == torch.float32 and helps_float32(device):
+                cases.append(
+                    _peer(work, f"{name}, fp32 by oneDNN", found)._replace(within=partial(fast_float32, device))
+                )
     facts = {
         "tokens": config.tokens,
         "tokens_per_modality": [index.numel() for index in work.groups.index],
@@ -141,6 +147,7 @@ def _ours(work: _Work, variant: str, name: str) -> Case:
         executed_flops=work.executed_flops(lambda: through(layer), parameters, work.x_TD),
         tokens=work.config.tokens,
         memory=lambda: work.memory(step, lambda: through(run_layer), parameters),
+        within=partial(fast_float32, work.device),
     )
 
 

@@ -17,6 +17,7 @@ precision is bf16, also in bf16 throughout as it is loaded by default. It gets f
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from moma.distributed import (
     autocast,
     choose_precision,
     compiles,
+    fast_float32,
     peak_flops,
 )
 from moma.modality import Vocabulary
@@ -231,9 +233,10 @@ def cases_of(name: str, subject: Subject, found: dict[str, Any]) -> list[Case]:
         return peak_extra_bytes(lambda: gradients(subject, [batch]), subject.device)
 
     flops, executed = found["flops"], found["executed_flops"]
+    within = partial(fast_float32, subject.device)
     return [
-        Case(name, step, True, flops * count, executed * count, None, tokens * count, "", memory),
-        Case(f"{name}: {FORWARD_BACKWARD}", once, True, flops, executed, None, tokens),
+        Case(name, step, True, flops * count, executed * count, None, tokens * count, "", memory, within=within),
+        Case(f"{name}: {FORWARD_BACKWARD}", once, True, flops, executed, None, tokens, within=within),
         Case(f"{name}: {OPTIMIZER}", optimize, bytes=28.0 * found["params_total"]),  # AdamW: 4 read, 3 written
     ]
 

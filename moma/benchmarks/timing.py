@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Case(NamedTuple):
 
     `flops` and `bytes` of one repetition are by formula; `executed_flops` is what FlopCounterMode saw. `memory`: peak
     extra bytes of one repetition, measured outside of the timing. `ceiling`: the name of the ceiling that bounds it
-    (None: "gemm" where it has flops, else "copy"). `note`: what differs from ours, in words.
+    (None: "gemm" where it has flops, else "copy"). `note`: what differs from ours, in words. `within`: what a
+    repetition runs in, entered outside of the timing.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Case(NamedTuple):
     note: str = ""
     memory: Callable[[], int] | None = None
     ceiling: str | None = None
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Absent(NamedTuple):
@@ -139,7 +142,8 @@ def measure(
 
     def attempt(case: Case, work: Callable[[], Any]) -> Any:
         try:
-            return work()
+            with case.within():
+                return work()
         except Exception as error:
             if case.ours or case.name == bench.baseline:
                 raise

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moma import distributed
 from moma.benchmarks import layer
 from moma.benchmarks.peers import LAYERS, LayerShape, built
 from moma.benchmarks.timing import Absent, measure
@@ -38,8 +39,9 @@ def test_mixture_of_depths_is_no_feed_forward():
         layer.run(config("variants=[mod_dense]"), CPU)
 
 
-def test_peers_run_or_say_why_not():
+def test_peers_run_or_say_why_not(monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.setattr(layer, "helps_float32", lambda device: False)
     suite = layer.run(config("precision=fp32", "variants=[dense]", "threads=1"), CPU)
     readings, absent = measure(suite, 3, 1, CPU)
     peers = {each.name: each for each in readings if not each.ours}
@@ -50,6 +52,22 @@ def test_peers_run_or_say_why_not():
     grouped = peers["transformers Mixtral grouped_mm"]
     assert grouped.flops == pytest.approx(suite.cases[0].flops + 6 * 128 * 32 * 8)  # and the router
     assert peers["grouped_mm as in torchtitan"].note.startswith("top-1 of 8")
+
+
+def test_peers_run_as_torch_does_and_the_best_of_them_also_as_ours(monkeypatch):
+    def matmuls(case):
+        with case.within():
+            return torch.get_float32_matmul_precision()
+
+    monkeypatch.setattr(layer, "helps_float32", lambda device: True)
+    monkeypatch.setattr(distributed, "helps_float32", lambda device: True)
+    suite = layer.run(config("precision=fp32", "variants=[dense]", "threads=1"), CPU)
+    lent = [case.name for case in suite.cases if case.name.endswith(", fp32 by oneDNN")]
+    assert "grouped_mm as in torchtitan, fp32 by oneDNN" in lent
+    for case in suite.cases:
+        if case.name != "dispatch and combine alone":
+            assert matmuls(case) == ("medium" if case.ours or case.name in lent else "highest"), case.name
+    assert not any("oneDNN" in case.name for case in layer.run(config("precision=bf16"), CPU).cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Turns, ratios of one round, noise and goals, on a clock that says what it is told."""
 
 import gc
+from contextlib import contextmanager
 from itertools import cycle
 
 import pytest
@@ -150,3 +151,24 @@ def test_goals(goal, spread, value, held):
 
 def test_the_clock_of_the_cpu_counts_seconds():
     assert 0 < stopwatch(CPU)(lambda: sum(range(1000))) < 10
+
+
+def test_a_case_runs_within_what_it_names_outside_of_the_clock():
+    seen = []
+
+    @contextmanager
+    def within():
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    def clock(run):
+        seen.append("clock")
+        return run()
+
+    suite = bench(case("base", 1.0), case("other", 1.0, within=within, memory=lambda: seen.append("memory") or 1))
+    measure(suite, 3, 1, CPU, clock=clock)
+    assert seen.count("in") == seen.count("out") == 5  # the warm-up, three rounds, the memory
+    assert seen[:2] == ["in", "out"] and seen[-3:] == ["in", "memory", "out"]
+    entered = [place for place, what in enumerate(seen) if what == "in"][1:-1]
+    assert all(seen[place : place + 3] == ["in", "clock", "out"] for place in entered)
