@@ -30,6 +30,7 @@ from moma.evaluation.error_injection import check_rates, error_injection, target
 from moma.evaluation.pictures import named_pictures, unigram_codes
 from moma.evaluation.runs import LoadedRun, load_run
 from moma.generation.interleaved import generate
+from moma.generation.kv_cache import for_decoding
 from moma.model.feed_forward import Mode
 from moma.model.flops import parts_of, totals
 from moma.model.transformer import Transformer
@@ -226,14 +227,15 @@ class Artist:
         """Codes (n, tokens per image) from the model's own distribution, in a causal mode."""
         vocab, codes = self.run.vocab, []
         prompts = [[vocab.bos, *self.text.encode(pair.name), vocab.boi] for pair in self.held[: self.n]]
-        for start in range(0, self.n, ROWS):
-            part = prompts[start : start + ROWS]
-            with autocast(self.run.precision, self.device):
+        with autocast(self.run.precision, self.device):
+            model = for_decoding(self.run.model)  # once for all batches
+            for start in range(0, self.n, ROWS):
+                part = prompts[start : start + ROWS]
                 made = generate(
-                    self.run.model, part, vocab, mode=self.mode, max_new_tokens=vocab.tokens_per_image + 1,
+                    model, part, vocab, mode=self.mode, max_new_tokens=vocab.tokens_per_image + 1,
                     pictures=False, rows=range(start, start + len(part)),
                 )  # fmt: skip
-            codes += [row.tokens[: vocab.tokens_per_image] for row in made]
+                codes += [row.tokens[: vocab.tokens_per_image] for row in made]
         return np.array(codes) - vocab.image_start
 
     def features(self, codes: np.ndarray) -> np.ndarray:

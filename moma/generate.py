@@ -26,6 +26,7 @@ from moma.distributed import autocast, choose_device
 from moma.evaluation.pictures import NamedPicture, named_pictures
 from moma.evaluation.runs import LoadedRun, load_run
 from moma.generation.interleaved import Generation, causal_mode, generate
+from moma.generation.kv_cache import for_decoding
 from moma.generation.sampling import Sampling
 from moma.model.feed_forward import Mode
 from moma.tokenizer.image import ImageTokenizer, open_image
@@ -216,10 +217,11 @@ def _generate(
     rows = [prompt.tokens for prompt in here for _ in range(config.samples)]
     limit = loaded.vocab.tokens_per_image + 1 if kind == DRAW else config.max_text_tokens
     made: list[Generation] = []
+    model = for_decoding(loaded.model)  # once for all batches
     for start in range(0, len(rows), config.batch_rows):
         part = rows[start : start + config.batch_rows]
         made += generate(
-            loaded.model, part, loaded.vocab,
+            model, part, loaded.vocab,
             mode=mode, max_new_tokens=limit, text=config.text, picture=config.picture,
             guidance=config.guidance, guidance_image=config.guidance_image, pictures=False,
             seed=config.seed, rows=range(start, start + len(part)),

@@ -41,6 +41,12 @@ def alone(model: Transformer) -> Twin:
     return Twin(model, [], [])
 
 
+def matrices(model: Transformer) -> dict[str, nn.Parameter]:
+    """What the blocks multiply in the compute type, by name."""
+    named = model.blocks.named_parameters()
+    return {name: matrix for name, matrix in named if matrix.ndim > 1 and not wants_full_precision(name)}
+
+
 def twin_of(model: Transformer, dtype: torch.dtype) -> Twin:
     """A copy of the model whose blocks hold their matrices in `dtype`; their gradients go to the masters' `grad`.
 
@@ -48,9 +54,7 @@ def twin_of(model: Transformer, dtype: torch.dtype) -> Twin:
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = Twin(copy.deepcopy(model, shared), [], [])
-    for name, master in model.blocks.named_parameters():
-        if master.ndim < 2 or wants_full_precision(name):
-            continue
+    for name, master in matrices(model).items():
         low = nn.Parameter(master.detach().to(dtype), requires_grad=master.requires_grad)
         where, _, leaf = name.rpartition(".")
         setattr(twin.model.blocks.get_submodule(where), leaf, low)

@@ -67,7 +67,7 @@ def run(config: BenchConfig, device: torch.device) -> Bench:
             qkv_RLJA = made.wqkv(x_RLD).unflatten(2, (sum(heads), head_dim))
             q_RHLA, k_RGLA, v_RGLA = qkv_RLJA.transpose(1, 2).split(heads, dim=1)
             turn = rotation(position_RL, head_dim, model.rope_theta, q_RHLA.dtype)
-            y_RHLA = between(rotate(q_RHLA, turn), rotate(k_RGLA, turn), v_RGLA)
+            y_RHLA = between(*(rotate(x, turn).to(x.dtype) for x in (q_RHLA, k_RGLA)), v_RGLA)
             return made.wo(y_RHLA.transpose(1, 2).flatten(2))
 
         runs: Any = torch.compile(forward, dynamic=False) if compiled else forward

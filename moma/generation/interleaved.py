@@ -22,6 +22,7 @@ models whose rule sees the future: here there is none.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ def codes_left(prompt: Sequence[int], vocab: Vocabulary, number: int = 0) -> int
     return left
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -276,13 +277,22 @@ class _Heads:
         ranges = [(vocab.eos, vocab.eos + 1), (vocab.boi, vocab.boi + 1), (vocab.text_start, vocab.text_stop)]
         self.n_structure = 2
         self.text_ids_V = torch.cat([torch.arange(*part, device=weight_VD.device) for part in ranges])
-        low = compute_dtype(model)
-        self.text_weight_VD = laid_out(torch.cat([weight_VD[start:stop].to(low) for start, stop in ranges]))
-        self.image_weight_VD = laid_out(weight_VD[vocab.image_start : vocab.image_stop].to(low))
+        self.weight_VD, self.low, self.ranges = weight_VD, compute_dtype(model), ranges
+        self.image_range = (vocab.image_start, vocab.image_stop)
         seen = torch.zeros(len(prompts), vocab.size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             seen[row, [t for t in prompt if vocab.text_start <= t < vocab.text_stop]] = True
         self.seen_RV = seen.to(weight_VD.device)[:, self.text_ids_V]
+
+    @cached_property
+    def text_weight_VD(self) -> Tensor:
+        """Read by text: copied when the first text is drawn."""
+        return laid_out(torch.cat([self.weight_VD[start:stop].to(self.low) for start, stop in self.ranges]))
+
+    @cached_property
+    def image_weight_VD(self) -> Tensor:
+        """Read by pictures: copied when the first code is drawn."""
+        return laid_out(self.weight_VD[slice(*self.image_range)].to(self.low))
 
     def image(self, hidden_SRD: Tensor) -> Tensor:
         """Logits of the image codes, at least fp32."""

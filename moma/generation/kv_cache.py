@@ -1,6 +1,6 @@
 """Cached decoding for rows of different contents: what each row sees, and where its tokens stand.
 
-    slot       0    1    2    3    4    5    6        one static cache per layer, the same slot for every row
+    slot       0    1    2    3    4    5    6        one store per layer, the same slot for every row
     row 0      BOS  a    b    c    BOI  c0   c1       visible: all                     position = slot
     row 1      .    .    BOS  d    BOI  c0   c1       prompts end together: left padding, never visible
     row 2      BOS  BOS  BOS  BOS  BOI  c0   c1       restarted at slot 3: sees BOS BOI c0 c1
@@ -23,13 +23,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from moma.modality import Vocabulary, padded_groups
+from moma.modality import Vocabulary, exact_groups, padded_groups
 from moma.model.attention import AttentionMask
 from moma.model.block import Block
 from moma.model.depth import DepthBlock
 from moma.model.feed_forward import Mode
 from moma.model.transformer import Transformer
-from moma.twin import twin_of
+from moma.twin import matrices, twin_of
 
 
 def compute_dtype(model: Transformer) -> torch.dtype:
@@ -43,20 +43,21 @@ def for_decoding(model: Transformer) -> Transformer:
     """A model that shares everything with `model` but its blocks' matrices, which have the compute type (autocast would
     cast them at every token) and, on a CPU, lie as `laid_out` says. Itself where there is nothing to change."""
     low = compute_dtype(model)
-    weight = model.embedding.weight
-    if low == weight.dtype and weight.device.type != "cpu":
+
+    def as_read(matrix: Tensor) -> Tensor:  # `nn.Linear` stores (out, in), stacks of matrices (in, out)
+        return laid_out(matrix) if matrix.ndim == 2 else laid_out(matrix.mT).mT
+
+    if all(m.dtype == low and as_read(m.data).data_ptr() == m.data_ptr() for m in matrices(model).values()):
         return model
     twin = twin_of(model, low)
     for matrix in twin.low:
-        stored_out_in = matrix.ndim == 2  # `nn.Linear`; stacks of experts and of modalities are (..., in, out)
-        matrix.data = laid_out(matrix.data if stored_out_in else matrix.data.mT)
-        matrix.data = matrix.data if stored_out_in else matrix.data.mT
+        matrix.data = as_read(matrix.data)
     return twin.model
 
 
 def laid_out(weight_OI: Tensor) -> Tensor:
     """The same matrix (..., O, I) in the order in which a CPU reads it fastest for a single token: bf16 by outputs,
-    others by inputs (22 GB/s against 6, 26 against 15: one core, 65,536 x 512)."""
+    others by inputs (22 GB/s against 6, 26 against 15: one core, 65,536 x 512). Itself where it has that order."""
     if weight_OI.device.type != "cpu":
         return weight_OI
     return weight_OI.contiguous() if weight_OI.dtype == torch.bfloat16 else weight_OI.mT.contiguous().mT
@@ -78,39 +79,55 @@ def plain_kernels(tokens: int, weight: Tensor, low: torch.dtype) -> Iterator[Non
         torch._C._set_mkldnn_enabled(True)
 
 
-def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list[Any]:
-    """One zeroed key/value cache per layer, (R, G, S, head dim) each, on the model's device, of compute type."""
+def build_caches(model: Transformer, n_rows: int, n_slots: int) -> list["LayerCache"]:
+    """One zeroed key/value cache per layer, (R, G, S, head dim) each, on the model's device, of compute type; on a CPU
+    at least fp32, in which its attention reads a slot seven times as fast as in bf16."""
     with _quiet():
         from torchtune.modules import KVCache  # here: importing it takes seconds
     attention, dtype = cast(Block, model.blocks[0]).attention, compute_dtype(model)
-    with model.embedding.weight.device:
-        plain = [KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks]
+    device = model.embedding.weight.device
+    if device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    with device:
+        stores = [KVCache(n_rows, n_slots, attention.n_kv_heads, attention.head_dim, dtype) for _ in model.blocks]
     return [
-        DepthCache(cache, n_rows, n_slots) if isinstance(block, DepthBlock) else cache
-        for cache, block in zip(plain, model.blocks, strict=True)
+        DepthCache(store) if isinstance(block, DepthBlock) else LayerCache(store)
+        for store, block in zip(stores, model.blocks, strict=True)
     ]
 
 
-class DepthCache:
-    """A layer's cache that knows which tokens its depth router let in: the others are no keys."""
+class LayerCache:
+    """Keys and values of one layer, in torchtune's store. Its own `update` would ask the device at every token where
+    the next slot is, and hand out the empty slots as well."""
 
-    def __init__(self, cache: Any, n_rows: int, n_slots: int) -> None:
-        self.cache, self.next_slot = cache, 0
-        device = cache.k_cache.device
-        self.in_RS = torch.zeros(n_rows, n_slots, dtype=torch.bool, device=device)
-        self.slot_S = torch.arange(n_slots, device=device)
-
-    def let_in(self, in_RL: Tensor) -> Tensor:
-        """Note the next tokens, and what this layer's queries may see: bool (R, 1, L, S), themselves always."""
-        start, stop = self.next_slot, self.next_slot + in_RL.shape[1]
-        self.in_RS[:, start:stop] = in_RL
-        self.next_slot = stop
-        itself_LS = self.slot_S == self.slot_S[start:stop, None]
-        return (self.in_RS[:, None] | itself_LS)[:, None]
+    def __init__(self, store: Any) -> None:
+        self.k_RGSA, self.v_RGSA = store.k_cache, store.v_cache
+        self.next_slot = 0
 
     def update(self, k_RGLA: Tensor, v_RGLA: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots after the new ones are stored."""
-        return self.cache.update(k_RGLA, v_RGLA)
+        """Store the next slots; keys and values of all slots up to them."""
+        start, stop = self.next_slot, self.next_slot + k_RGLA.shape[2]
+        self.k_RGSA[:, :, start:stop], self.v_RGSA[:, :, start:stop] = k_RGLA, v_RGLA
+        self.next_slot = stop
+        return self.k_RGSA[:, :, :stop], self.v_RGSA[:, :, :stop]
+
+
+class DepthCache(LayerCache):
+    """A layer's cache that knows which tokens its depth router let in: the others are no keys."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(store)
+        n_rows, _, n_slots, _ = self.k_RGSA.shape
+        self.in_RS = torch.zeros(n_rows, n_slots, dtype=torch.bool, device=self.k_RGSA.device)
+        self.slot_S = torch.arange(n_slots, device=self.k_RGSA.device)
+
+    def let_in(self, in_RL: Tensor) -> Tensor:
+        """Note the tokens that `update` is about to store, and what this layer's queries may see of the slots up to
+        them: bool (R, 1, L, S), themselves always."""
+        start, stop = self.next_slot, self.next_slot + in_RL.shape[1]
+        self.in_RS[:, start:stop] = in_RL
+        itself_LS = self.slot_S[:stop] == self.slot_S[start:stop, None]
+        return (self.in_RS[:, None, :stop] | itself_LS)[:, None]
 
 
 @contextmanager
@@ -150,10 +167,11 @@ class Decoder:
         if restart_R is not None:
             self.visible_RS &= ~restart_R[:, None]
         self.visible_RS[:, start:stop] = present_RL
-        position_RL = (self.visible_RS.cumsum(1)[:, start:stop] - 1).clamp(min=0)
-        query_L1 = self.slot_S[start:stop, None]
-        mask_RLS = (self.visible_RS[:, None] & (self.slot_S <= query_L1)) | (self.slot_S == query_L1)
-        groups = padded_groups(tokens_RL, present_RL, self.vocab)
+        visible_RS, slot_S, query_L1 = self.visible_RS[:, :stop], self.slot_S[:stop], self.slot_S[start:stop, None]
+        position_RL = (visible_RS.cumsum(1)[:, start:] - 1).clamp(min=0)
+        mask_RLS = (visible_RS[:, None] & (slot_S <= query_L1)) | (slot_S == query_L1)
+        every = bool(present_RL.all())
+        groups = exact_groups(tokens_RL, self.vocab) if every else padded_groups(tokens_RL, present_RL, self.vocab)
         mask = AttentionMask(mask_RLS[:, None])
         with plain_kernels(tokens_RL.numel(), self.model.embedding.weight, self.low):
             hidden_RLD, _ = self.model(tokens_RL, position_RL, mask, groups, self.mode, self.caches)

@@ -40,6 +40,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from moma.modality import TokenGroups
 from moma.model.blocked_attention import document_attention
 from moma.model.grouped_matmul import grouped_matmul
+from moma.model.precision import full_precision
 from moma.model.slots import combine, dispatch, slots_of_tokens
 
 QkNorm = Literal["shared", "per_head", "none"]
@@ -144,7 +145,7 @@ def flex_mask(document_RL: Tensor) -> BlockMask:
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles: (R, 1, L, A/2), at least fp32."""
+    """Of every token's angles, at least fp32, (R, 1, L, A): the cosines twice, the sines with a minus and without."""
 
     cos: Tensor
     sin: Tensor
@@ -155,7 +156,8 @@ def rotation(position_RL: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
     wide, half = torch.promote_types(dtype, torch.float32), head_dim // 2
     frequency = theta ** (-torch.arange(half, device=position_RL.device, dtype=wide) / half)
     angle = position_RL[:, None, :, None].to(wide) * frequency
-    return Rotation(angle.cos(), angle.sin())
+    cos, sin = angle.cos(), angle.sin()
+    return Rotation(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
 
 def at_tokens(position: Tensor | Rotation, token_K: Tensor) -> Tensor | Rotation:
@@ -167,9 +169,10 @@ def at_tokens(position: Tensor | Rotation, token_K: Tensor) -> Tensor | Rotation
 
 
 def rotate(x_RHLA: Tensor, turn: Rotation) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); computed in at least fp32."""
-    a, b = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin], dim=-1).to(x_RHLA.dtype)
+    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); in at least fp32."""
+    x_RHLA = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32))
+    a, b = x_RHLA.chunk(2, dim=-1)
+    return torch.addcmul(x_RHLA * turn.cos, torch.cat([b, a], dim=-1), turn.sin)
 
 
 def causal_attention(q_RHLA: Tensor, k_RGLA: Tensor, v_RGLA: Tensor) -> Tensor:
@@ -262,15 +265,16 @@ class Attention(nn.Module):
                 self.qk_norm[f"{name}_bias"] = nn.Parameter(torch.empty(shape))
 
     def _normed(self, x_RHLA: Tensor, name: str, groups: TokenGroups) -> Tensor:
-        """QK-norm of queries ("q") or keys ("k")."""
+        """QK-norm of queries ("q") or keys ("k"), in at least fp32."""
         if not self.qk_norm:
             return x_RHLA
-        wide = torch.promote_types(x_RHLA.dtype, torch.float32)
-        normed_RHLA = F.layer_norm(x_RHLA.to(wide), (self.head_dim,), eps=self.norm_eps)
+        x_RHLA, size = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32)), (self.head_dim,)
         weight, bias = self.qk_norm[f"{name}_weight"], self.qk_norm[f"{name}_bias"]
+        if weight.numel() == self.head_dim:
+            return F.layer_norm(x_RHLA, size, weight.view(size), bias.view(size), self.norm_eps)
         if self.n_modalities is not None:
             weight, bias = (gains_by_modality(p, groups, len(x_RHLA)) for p in (weight, bias))
-        return (normed_RHLA * weight + bias).to(x_RHLA.dtype)
+        return torch.addcmul(bias, F.layer_norm(x_RHLA, size, eps=self.norm_eps), weight)
 
     def _projected(self, x_RLI: Tensor, matrix: nn.Linear | Tensor, groups: TokenGroups) -> Tensor:
         if isinstance(matrix, nn.Linear):
@@ -286,17 +290,19 @@ class Attention(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         """`position`: (R, L), or the rotation made of it once for all layers; `groups`: of the flat R L tokens (shared
-        weights do not read it); `cache` has `update(k, v) -> (k, v)`."""
+        weights do not read it); `cache` has `update(k, v) -> (k, v)`, in whose type attention is then computed."""
         heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         qkv_RLJA = self._projected(x_RLD, self.wqkv, groups).unflatten(2, (sum(heads), self.head_dim))
         q_RHLA, k_RGLA, v_RGLA = qkv_RLJA.transpose(1, 2).split(heads, dim=1)
         q_RHLA, k_RGLA = self._normed(q_RHLA, "q", groups), self._normed(k_RGLA, "k", groups)
         if not isinstance(position, Rotation):
             position = rotation(position, self.head_dim, self.rope_theta, q_RHLA.dtype)
-        q_RHLA, k_RGLA = rotate(q_RHLA, position), rotate(k_RGLA, position)
+        q_RHLA, k_RGLA = (rotate(x, position).to(v_RGLA.dtype) for x in (q_RHLA, k_RGLA))
         if cache is not None:
             k_RGLA, v_RGLA = cache.update(k_RGLA, v_RGLA)
-        if mask.keys is None:
+            with full_precision(v_RGLA):
+                y_RHLA = masked_attention(q_RHLA.to(k_RGLA.dtype), k_RGLA, v_RGLA, mask.keys)
+        elif mask.keys is None:
             y_RHLA = causal_attention(q_RHLA, k_RGLA, v_RGLA)
         elif isinstance(mask.keys, Tensor) and mask.keys.dtype != torch.bool:
             y_RHLA = document_attention(q_RHLA, k_RGLA, v_RGLA, mask.keys)

@@ -79,11 +79,11 @@ class Block(nn.Module):
 
         The feed-forward sees the R L = T tokens as one flat sequence.
         """
-        swin, shape, reference = self.norm_order == "swin", x_RLD.shape, cache is None
+        swin, shape, statistics = self.norm_order == "swin", x_RLD.shape, cache is None
         a_RLD = self.attention(x_RLD if swin else self.attention_norm(x_RLD), position, mask, groups, cache)
         a_RLD = self.attention_norm(a_RLD) if swin else a_RLD
         h_RLD = x_RLD + a_RLD
         given_RLD = h_RLD if swin else self.feed_forward_norm(h_RLD)
-        y_TD, stats = self.feed_forward(given_RLD.flatten(0, 1), groups, mode, disturbance, reference)
+        y_TD, stats = self.feed_forward(given_RLD.flatten(0, 1), groups, mode, disturbance, statistics)
         y_RLD = (self.feed_forward_norm(y_TD) if swin else y_TD).view(shape)
         return a_RLD, y_RLD, stats

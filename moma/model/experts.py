@@ -9,7 +9,7 @@ and the activation passes are those of a dense feed-forward.
 Legend: T tokens, E experts of a group, K slots per expert, S slots of all groups, D dim, F hidden width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moma.model.grouped_matmul import grouped_matmul, grouped_outer
 from moma.model.precision import autocast, full_precision
-from moma.model.slots import Slots, gather_sum
+from moma.model.slots import Slots, gather_sum, in_inference
 
 PART = 64  # rows
 
@@ -49,14 +49,16 @@ class Experts(nn.Module):
         return _compute(x_TD, None, None, [(self, None, None, len(x_TD))])
 
 
-def run(groups: Iterable[Experts], x_TD: Tensor, slots: Iterable[Slots]) -> Tensor:
+def run(groups: Sequence[tuple[Experts, Slots]], x_TD: Tensor) -> Tensor:
     """(T, D) -> (T, D): the sum of each token's slots of all groups, an exact zero for a token that has none."""
-    slots, start, maps = list(slots), 0, []
-    for own in slots:
+    if not groups:
+        return torch.zeros_like(autocast(x_TD))
+    start, maps = 0, []
+    for _, own in groups:
         maps.append(own.slots_TC if start == 0 else torch.where(own.slots_TC >= 0, own.slots_TC + start, -1))
         start += len(own.token_S)
-    parts = [(g, own.gate_S, own.ends_E, len(own.token_S)) for g, own in zip(groups, slots, strict=True)]
-    token_S = slots[0].token_S if len(slots) == 1 else torch.cat([own.token_S for own in slots])
+    parts = [(experts, own.gate_S, own.ends_E, len(own.token_S)) for experts, own in groups]
+    token_S = groups[0][1].token_S if len(groups) == 1 else torch.cat([own.token_S for _, own in groups])
     return _compute(x_TD, token_S, maps[0] if len(maps) == 1 else torch.cat(maps, 1), parts)
 
 
@@ -72,8 +74,28 @@ def _compute(
     sizes = tuple(size for *_, size in parts)
     low_TD = autocast(x_TD)
     with full_precision(x_TD):  # everything has the type it is to be multiplied in
+        if in_inference():  # nothing to keep, for which a decoded token would pay
+            return _forward(low_TD, token_S, slots_TC, sizes, tensors)[0]
         out: Any = _SwiGLU.apply(low_TD, token_S, slots_TC, sizes, *tensors)
     return out
+
+
+def _forward(
+    x_TD: Tensor,
+    token_S: Tensor | None,
+    slots_TC: Tensor | None,
+    sizes: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor]]:
+    """(T, D) -> (T, D), and the result of each group's first multiplication."""
+    x_SD = x_TD if token_S is None else gather_sum(x_TD, token_S[:, None])
+    hidden, results = [], []
+    for x, w13, w2, gate, ends in _by_group(x_SD, sizes, tensors):
+        h_SF = _times(x, w13, ends)
+        results.append(_times(_gated(h_SF, gate), w2, ends))
+        hidden.append(h_SF)
+    y_SD = results[0] if len(results) == 1 else torch.cat(results)
+    return y_SD if slots_TC is None else gather_sum(y_SD, slots_TC), hidden
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -93,16 +115,10 @@ class _SwiGLU(torch.autograd.Function):
         sizes: tuple[int, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
-        x_SD = x_TD if token_S is None else gather_sum(x_TD, token_S[:, None])
-        hidden, results = [], []
-        for x, w13, w2, gate, ends in _by_group(x_SD, sizes, tensors):
-            h_SF = _times(x, w13, ends)
-            results.append(_times(_gated(h_SF, gate), w2, ends))
-            hidden.append(h_SF)
+        y_TD, hidden = _forward(x_TD, token_S, slots_TC, sizes, tensors)
         ctx.sizes = sizes
         ctx.save_for_backward(x_TD, token_S, slots_TC, *hidden, *tensors)
-        y_SD = results[0] if len(results) == 1 else torch.cat(results)
-        return y_SD if slots_TC is None else gather_sum(y_SD, slots_TC)
+        return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

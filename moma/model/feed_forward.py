@@ -146,7 +146,7 @@ class DenseFeedForward(nn.Module):
         groups: TokenGroups,
         mode: Mode,
         disturbance: Disturbance = UNDISTURBED,
-        reference: bool = True,
+        statistics: bool = True,
     ) -> tuple[Tensor, None]:
         """(T, D) -> (T, D); the other arguments make no difference."""
         return self.experts[0](x_TD), None
@@ -202,17 +202,17 @@ class SparseFeedForward(nn.Module):
         groups: TokenGroups,
         mode: Mode,
         disturbance: Disturbance = UNDISTURBED,
-        reference: bool = True,
+        statistics: bool = True,
     ) -> tuple[Tensor, RouterStats | None]:
         """(T, D) -> (T, D) and the routing decisions (None when no group has a router).
 
-        `reference=False` leaves out, in causal modes, what the training rule would have chosen.
+        `statistics=False`: None in any case. Decoding reads none, and those of one token cost more than its experts.
         """
         if "all" in self.groups:
             groups = groups.merged()
         low_TD = autocast(x_TD)
-        slots, stats = self._route(x_TD, low_TD, groups, mode, disturbance, reference)
-        y_TD = run(cast(Iterable[Experts], self.experts), low_TD, slots)
+        slots, stats = self._route(x_TD, low_TD, groups, mode, disturbance, statistics)
+        y_TD = run(slots, low_TD)
         return (y_TD if self.shared is None else y_TD + self.shared(low_TD)), stats
 
     def _route(
@@ -222,22 +222,26 @@ class SparseFeedForward(nn.Module):
         groups: TokenGroups,
         mode: Mode,
         disturbance: Disturbance,
-        reference: bool,
-    ) -> tuple[list[Slots], RouterStats | None]:
+        statistics: bool,
+    ) -> tuple[list[tuple[Experts, Slots]], RouterStats | None]:
         """Who computes what, group after group."""
         logit_TE = self._logits(x_TD, low_TD)
-        slots: list[Slots] = []
+        slots: list[tuple[Experts, Slots]] = []
         routed: list[RouterStats] = []
-        start = 0
+        start, n_routers = 0, 0
         for m, (name, size) in enumerate(self.groups.items()):
-            index_N, slot_T = groups.index[m], groups.slot[m]
+            index_N, slot_T, experts = groups.index[m], groups.slot[m], cast(Experts, self.experts[m])
             valid_N = None if groups.valid is None else groups.valid[m]
+            columns, router = slice(start, start + size), n_routers
+            if size > 1:
+                start, n_routers = start + size, n_routers + 1
+            if not statistics and index_N.numel() == 0:  # a token has one modality
+                continue
             if size == 1:  # of the padded form, only the slots that hold a token are computed
                 ends_E = None if valid_N is None else valid_N.sum()[None]
-                slots.append(Slots(_live(index_N, valid_N), None, slot_T[:, None], ends_E))
+                slots.append((experts, Slots(_live(index_N, valid_N), None, slot_T[:, None], ends_E)))
                 continue
             assert logit_TE is not None
-            columns = slice(start, start + size)
             noise_TE, flip_TE = disturbance.noise_TE, disturbance.flip_TE
             group = Group(
                 name,
@@ -246,14 +250,14 @@ class SparseFeedForward(nn.Module):
                 None if noise_TE is None else noise_TE[index_N, columns].to(logit_TE.dtype),
                 self.shares[name],
             )
-            aux = self.aux[len(routed)] if len(self.aux) else None
+            aux = self.aux[router] if len(self.aux) else None
             aux_NE = None if aux is None else aux(x_TD[index_N])
             flip_NE = None if flip_TE is None else flip_TE[index_N, columns]
             logit_NE = dispatch(logit_TE[:, columns], index_N, slot_T[:, None])
-            found = self._route_group(logit_NE, aux_NE, flip_NE, group, index_N, slot_T, mode, reference)
-            slots.append(found[0])
-            routed.append(found[1])
-            start += size
+            found, stats = self._route_group(logit_NE, aux_NE, flip_NE, group, index_N, slot_T, mode, statistics)
+            slots.append((experts, found))
+            if stats is not None:
+                routed.append(stats)
         return slots, _side_by_side(routed)
 
     def _logits(self, x_TD: Tensor, low_TD: Tensor) -> Tensor | None:
@@ -274,13 +278,13 @@ class SparseFeedForward(nn.Module):
         index_N: Tensor,
         slot_T: Tensor,
         mode: Mode,
-        reference: bool,
-    ) -> tuple[Slots, RouterStats]:
+        statistics: bool,
+    ) -> tuple[Slots, RouterStats | None]:
         n_tokens, rule, config = slot_T.numel(), self.rule, self.selection
         choice: Choice | None = None
         ruled: Slots | None = None
         reference_TE: Tensor | None = None
-        if mode == "train" or reference:
+        if mode == "train" or statistics:
             choice = rule.choose(config, logit_NE, group)
             ruled = _slots(choice, index_N, n_tokens)
             reference_TE = ruled.slots_TC >= 0
@@ -298,6 +302,8 @@ class SparseFeedForward(nn.Module):
             gate_NE = rule.gate(config, logit_NE, selected_NE)
             # the number of pairs depends on the data: causal modes and planted errors are for evaluation
             slots = ragged_slots(selected_NE, gate_NE, int(selected_NE.sum()), index_N, n_tokens)
+        if not statistics:
+            return slots, None
         member_TE = (slot_T >= 0)[:, None].expand(n_tokens, logit_NE.shape[1])
         aux_TE, observed = None, {} if choice is None else dict(choice.observed)
         if aux_NE is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moma.model.precision import autocast
+from moma.model.slots import in_inference
 
 
 def grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -23,7 +24,9 @@ def grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     (D and F multiples of 8; needs no host synchronisation from compute capability 9.0 on); everything else takes one
     matmul per expert, for which the ends are read on the host.
     """
-    return _grouped_matmul(autocast(x_SD), autocast(w_EDF), ends_E.to(torch.int32))  # what the kernel takes
+    # decoding calls it often with a row or two, for which an operator of its own costs more than the matmul
+    multiply = _multiply if in_inference() else _grouped_matmul
+    return multiply(autocast(x_SD), autocast(w_EDF), ends_E.to(torch.int32))  # what the kernel takes
 
 
 def grouped_outer(x_SD: Tensor, y_SF: Tensor, ends_E: Tensor) -> Tensor:
@@ -31,17 +34,20 @@ def grouped_outer(x_SD: Tensor, y_SF: Tensor, ends_E: Tensor) -> Tensor:
     return _grouped_outer(x_SD, y_SF, ends_E.to(torch.int32))
 
 
-@torch.library.custom_op("moma::grouped_matmul", mutates_args=())
-def _grouped_matmul(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+def _multiply(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     if _has_kernel(x_SD, w_EDF.shape[2]):
         return _kernel_matmul(x_SD, w_EDF, ends_E)
     ends = ends_E.tolist()
     y_SF = x_SD.new_empty(x_SD.shape[0], w_EDF.shape[2])
     *own, tail_SF = y_SF.tensor_split(ends)
     for x_ND, w_DF, y_NF in zip(x_SD.tensor_split(ends)[:-1], w_EDF, own, strict=True):
-        torch.mm(x_ND, w_DF, out=y_NF)
+        if len(x_ND):
+            torch.mm(x_ND, w_DF, out=y_NF)
     tail_SF.zero_()
     return y_SF
+
+
+_grouped_matmul = torch.library.custom_op("moma::grouped_matmul", _multiply, mutates_args=())
 
 
 @torch.library.custom_op("moma::grouped_outer", mutates_args=())

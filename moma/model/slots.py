@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moma.model.kernels import gather_sum_fast, usable
 
+FEW = 16  # entries of a map, up to which bags cost more than they save
 BAGGED = (torch.float32, torch.bfloat16, torch.float16)  # whose bags end where they say; float64's last one does not
 
 
@@ -34,7 +35,8 @@ def gather_sum(x_ID: Tensor, index_OC: Tensor) -> Tensor:
     bare = not (torch.is_grad_enabled() and x_ID.requires_grad)
     if bare and usable(x_ID, index_OC):
         return gather_sum_fast(x_ID, index_OC)
-    if bare and x_ID.device.type == "cpu" and x_ID.dtype in BAGGED and 0 not in (*x_ID.shape, *index_OC.shape):
+    many = FEW < index_OC.numel() and 0 not in x_ID.shape
+    if bare and many and x_ID.device.type == "cpu" and x_ID.dtype in BAGGED:
         return _sum_bags(x_ID, index_OC)
     return plain_gather_sum(x_ID, index_OC)
 
@@ -68,6 +70,12 @@ def _sum_bags(x_ID: Tensor, index_OC: Tensor) -> Tensor:
     return out
 
 
+def in_inference() -> bool:
+    """Whether this is inference mode, as in decoding, where no gradient is ever asked for: what only serves gradients
+    costs more than the work for a token or two."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 class GatherSum(torch.autograd.Function):
     """`gather_sum` whose gradient is the same operation with the inverse map: no atomics, hence deterministic.
 
@@ -88,12 +96,16 @@ class GatherSum(torch.autograd.Function):
 
 def dispatch(x_TD: Tensor, token_S: Tensor, slots_TC: Tensor) -> Tensor:
     """Rows of x for S slots (a slot with token -1 holds zeros): (S, D)."""
+    if in_inference():
+        return gather_sum(x_TD, token_S[:, None])
     out: Any = GatherSum.apply(x_TD, token_S[:, None], slots_TC)
     return out
 
 
 def combine(y_SD: Tensor, slots_TC: Tensor, token_S: Tensor) -> Tensor:
     """Sum of each token's slots, exact zero for a token without one: (T, D)."""
+    if in_inference():
+        return gather_sum(y_SD, slots_TC)
     out: Any = GatherSum.apply(y_SD, slots_TC, token_S[:, None])
     return out
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from moma.generation.kv_cache import Decoder, build_caches, compute_dtype
+from moma.generation.kv_cache import Decoder, build_caches, compute_dtype, for_decoding
 from moma.modality import padded_groups
 from moma.model.attention import document_mask
+from moma.twin import matrices
 
 
 def whole(model, tokens, vocab, mode):
@@ -44,7 +45,7 @@ def test_rows_of_different_lengths_fed_in_pieces(variant, make_model, cut):
     full = [whole(model, row, vocab, "aux") for row in rows]
     first = width - 2 * cut
     stops = [first, first + cut, width]
-    with torch.no_grad():
+    with torch.inference_mode():
         for start, stop in zip([0, *stops], stops, strict=False):
             states = decoder.feed(tokens[:, start:stop], present[:, start:stop])
             for row, tokens_of_row in enumerate(rows):
@@ -60,7 +61,7 @@ def test_absent_tokens_leave_no_trace(variant, make_model):
     row = documents(vocab)[0]
     decoder = Decoder(model, vocab, 1, 2 * len(row), "aux")
     expected = whole(model, row, vocab, "aux")
-    with torch.no_grad():
+    with torch.inference_mode():
         for place, token in enumerate(row):
             states = decoder.feed(torch.tensor([[token]]), torch.tensor([[True]]))
             torch.testing.assert_close(states[0], expected[place], rtol=0, atol=1e-10)
@@ -73,7 +74,7 @@ def test_a_restart_forgets_the_past(variant, make_model):
     one, two, three = documents(vocab)
     decoder = Decoder(model, vocab, 2, len(one) + len(three), "aux")
     both = torch.tensor([one[: len(three)], three])
-    with torch.no_grad():
+    with torch.inference_mode():
         decoder.feed(both, torch.ones_like(both).bool())
         for place, token in enumerate(one):
             more = three[place] if place < len(three) else vocab.text_start
@@ -82,13 +83,31 @@ def test_a_restart_forgets_the_past(variant, make_model):
             torch.testing.assert_close(states[0], whole(model, one[: place + 1], vocab, "aux")[-1], rtol=0, atol=1e-10)
 
 
-def test_caches_hold_the_type_that_is_computed_in(variants, make_model):
-    model = make_model(variants["dense"], dtype=torch.float32, n_heads=4, n_kv_heads=2)
-    assert compute_dtype(model) == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_caches_on_a_cpu_are_at_least_fp32(dtype, variants, make_model):
+    model = make_model(variants["dense"], dtype=dtype, n_heads=4, n_kv_heads=2)
+    assert compute_dtype(model) == dtype
     with torch.autocast("cpu", torch.bfloat16):
         caches = build_caches(model, 3, 5)
-    assert len(caches) == 2 and caches[0].k_cache.shape == (3, 2, 5, 4)
-    assert caches[0].k_cache.dtype == caches[0].v_cache.dtype == torch.bfloat16
+    assert len(caches) == 2
+    for cache in caches:
+        k_RGLA, v_RGLA = (torch.randn(3, 2, 2, 4).to(torch.bfloat16) for _ in range(2))
+        for number in (1, 2):  # bf16 keys are kept exactly; slots that are still empty are not handed out
+            keys, values = cache.update(k_RGLA, v_RGLA)
+            assert keys.dtype == values.dtype == dtype and keys.shape == values.shape == (3, 2, 2 * number, 4)
+            assert torch.equal(keys[:, :, -2:], k_RGLA.to(dtype)) and torch.equal(values[:, :, -2:], v_RGLA.to(dtype))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_is_made_ready_for_decoding_once(precision, variants, make_model):
+    model = make_model(variants["moe_4t4i"], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        ready = for_decoding(model)
+        assert ready is not model and for_decoding(ready) is ready
+    wanted = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {m.dtype for m in matrices(ready).values()} == {wanted}
+    for name, matrix in matrices(model).items():
+        assert torch.equal(matrices(ready)[name], matrix.to(wanted)), name
 
 
 def test_a_full_cache_is_an_error(variants, make_model):

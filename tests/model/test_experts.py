@@ -48,7 +48,7 @@ def draw(*shape, seed=1, dtype=torch.float64):
 
 
 def run_one(experts, x_TD, slots):
-    return run([experts], x_TD, [slots])
+    return run([(experts, slots)], x_TD)
 
 
 def mask_of(load, n_experts=3):

@@ -326,7 +326,7 @@ def test_statistics_say_what_was_decided(variant, make_batch):
     assert torch.equal(causal.reference_TE, stats.reference_TE)
     assert torch.equal(causal.selected_TE, (causal.aux_logit_TE > 0) & member)
     assert torch.equal(causal.score_TE, stats.score_TE)
-    assert layer(x_TD, batch.groups, "aux", reference=False)[1].reference_TE is None
+    assert layer(x_TD, batch.groups, "aux", statistics=False)[1] is None
 
 
 def test_1t1i_is_two_plain_feed_forwards(variants):
