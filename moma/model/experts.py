@@ -183,7 +183,7 @@ def _outer(x_SD: Tensor, y_SF: Tensor, n_experts: int, ends_E: Tensor | None) ->
 def _gated(h_SF: Tensor, gate_S: Tensor | None) -> Tensor:
     """g silu(h1) h3 for h = [h1, h3], in the type of h."""
     if not _in_parts(h_SF):
-        return _gate_rows(h_SF, gate_S)
+        return _gate_rows(h_SF, gate_S).to(h_SF.dtype)
     a_SF = h_SF.new_empty(h_SF.shape[0], h_SF.shape[1] // 2)
     for rows in _parts(len(h_SF)):
         a_SF[rows] = _gate_rows(h_SF[rows], None if gate_S is None else gate_S[rows])
@@ -191,9 +191,9 @@ def _gated(h_SF: Tensor, gate_S: Tensor | None) -> Tensor:
 
 
 def _gate_rows(h_SF: Tensor, gate_S: Tensor | None) -> Tensor:
-    h1, h3 = h_SF.chunk(2, dim=-1)
-    activation = F.silu(h1).mul_(h3)
-    return activation if gate_S is None else activation.mul_(gate_S[:, None])
+    h1, h3 = _wide(h_SF).chunk(2, dim=-1)
+    a_SF = F.silu(h1).mul_(h3)
+    return a_SF if gate_S is None else a_SF.mul_(gate_S[:, None])
 
 
 def _gated_backward(
@@ -204,12 +204,14 @@ def _gated_backward(
     `one`: 1, where the activation must not be the same term as in the forward pass.
     """
     if not _in_parts(h_SF):
-        return _gate_rows_backward(h_SF, gate_S, da_SF, one)
+        a, dh1, dh3, dgate = _gate_rows_backward(h_SF, gate_S, da_SF, one)
+        return a.to(h_SF.dtype), torch.cat([dh1, dh3], 1).to(h_SF.dtype), dgate
     a_SF, dh_SF = torch.empty_like(da_SF), torch.empty_like(h_SF)
     dgate_S = None if gate_S is None else torch.empty_like(gate_S)
+    dh1_SF, dh3_SF = dh_SF.chunk(2, dim=-1)
     for rows in _parts(len(h_SF)):
         gate = None if gate_S is None else gate_S[rows]
-        a_SF[rows], dh_SF[rows], dgate = _gate_rows_backward(h_SF[rows], gate, da_SF[rows], None)
+        a_SF[rows], dh1_SF[rows], dh3_SF[rows], dgate = _gate_rows_backward(h_SF[rows], gate, da_SF[rows], None)
         if dgate_S is not None and dgate is not None:
             dgate_S[rows] = dgate
     return a_SF, dh_SF, dgate_S
@@ -217,15 +219,20 @@ def _gated_backward(
 
 def _gate_rows_backward(
     h_SF: Tensor, gate_S: Tensor | None, da_SF: Tensor, one: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    h1, h3 = h_SF.chunk(2, dim=-1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    h1, h3 = _wide(h_SF).chunk(2, dim=-1)
     silu = F.silu(h1) if one is None else F.silu(h1) * one
-    a_SF, dgate_S = silu * h3, None
+    a_SF, da_SF, dgate_S = silu * h3, _wide(da_SF), None
     if gate_S is not None:
-        wide = torch.promote_types(da_SF.dtype, torch.float32)
-        dgate_S = (da_SF.to(wide) * a_SF).sum(1).to(gate_S.dtype)
-        a_SF, da_SF = a_SF.mul_(gate_S[:, None]), (da_SF * gate_S[:, None]).to(da_SF.dtype)
-    return a_SF, torch.cat([torch.ops.aten.silu_backward(da_SF * h3, h1), da_SF * silu], 1), dgate_S
+        dgate_S = (da_SF * a_SF).sum(1).to(gate_S.dtype)
+        a_SF, da_SF = a_SF.mul_(gate_S[:, None]), da_SF * gate_S[:, None]
+    return a_SF, torch.ops.aten.silu_backward(da_SF * h3, h1), silu.mul_(da_SF), dgate_S
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In at least fp32, so that what is in between is not rounded, and kernels of one type are called: those for mixed
+    types are slow on a CPU."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _in_parts(h_SF: Tensor) -> bool:

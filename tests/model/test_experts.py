@@ -204,9 +204,9 @@ def test_a_group_of_one_expert_has_one_column():
 
 def swiglu_by_bmm(experts, x_EKD, gate_EK):
     def gated(h, gate):
-        h1, h3 = h.chunk(2, dim=-1)
+        h1, h3 = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=-1)  # rounded once, at the end
         activation = F.silu(h1) * h3
-        return activation if gate is None else (activation * gate[..., None]).to(h.dtype)
+        return (activation if gate is None else activation * gate[..., None]).to(h.dtype)
 
     if len(x_EKD) == 1:
         gate_K = None if gate_EK is None else gate_EK[0]
