@@ -5,6 +5,7 @@ entry with a feed-forward of its own. Every selection rule of `SELECTIONS` has i
 counts: the same number of image (and audio) tokens whatever the seed, hence the same shapes.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -112,6 +113,14 @@ class MicroBatch(NamedTuple):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="store the golden run's losses anew")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: the collector need not look through it time and again, nor after every
+    few hundred of the objects that a traced graph consists of."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,6 +7,7 @@ the process gets a signal, its file system fills up, a shard shrinks, a loss tur
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import resource
@@ -43,6 +44,7 @@ def serve() -> None:
 
     compose("train", [])  # Hydra's plugins too
     torch.set_num_threads(1)
+    gc.freeze()  # a child's collector would write to, and so copy, every page of what it shares
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -26,9 +26,10 @@ from moma.vqgan.model import VqConfig, VqModel, save_vq
 # Imports once, what is first needed on the way too; then every line on stdin, a list of arguments, is a `moma` process
 # of its own with a process group of its own. Answers its number, then its exit status.
 LAUNCHER = """
-import json, os, sys
+import gc, json, os, sys
 import moma.cli, moma.config, moma.prepare, torch._dynamo
 moma.config.compose("prepare", [])
+gc.freeze()
 for line in sys.stdin:
     process = os.fork()
     if process == 0:

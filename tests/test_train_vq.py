@@ -304,8 +304,9 @@ def test_sizes_that_cannot_be_trained_are_refused(config, sizes):
 
 # `-c TWO_PROCESSES PORT ARGUMENTS...`: one `moma` command as both ranks of a group, imported once
 TWO_PROCESSES = """
-import os, sys
+import gc, os, sys
 import moma.cli, moma.train_vq
+gc.freeze()
 port, *arguments = sys.argv[1:]
 ranks = []
 for rank in "01":

@@ -3,9 +3,11 @@
     python -m torch.distributed.run --nproc-per-node=2 two_ranks.py TASKS.json OUT.json
 
 `runs`: command lines of `moma train`, one after the other. `cases` ({"name", "overrides", "lacks"}): the same two steps
-alone and shared out, and how far they differ; both ranks must find the same.
+alone and shared out, and how far they differ; both ranks must find the same. Each rank takes the steps alone of every
+second case, and the other gets them from it.
 """
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -130,8 +132,8 @@ def without_images(batch, vocab):
     return replace(batch, tokens_RL=tokens_RL, groups=exact_groups(tokens_RL, vocab), exact=False)
 
 
-def compare(case, ranks, seen):
-    """One case: how far two ranks are from one."""
+def planned_steps(case):
+    """The configuration of a case, its vocabulary, and the micro-batches of its steps."""
     config = compose("train", case["overrides"]).config
     vocab = load_vocabulary(asset_folder(config.tokenizer))
     sources = dict(open_corpus(config.data.corpus, "train", vocab.hash))
@@ -141,10 +143,22 @@ def compare(case, ranks, seen):
         planned.append(without_images(batch, vocab) if case["lacks"] and len(planned) % 2 else batch)
         if len(planned) == STEPS * PER_STEP:
             break
+    return config, vocab, planned
+
+
+def steps_alone(case):
+    """What one process finds in a case, and its routing state."""
+    config, vocab, planned = planned_steps(case)
     # in bf16, a compiled graph rounds elsewhere than an eager one
     like = config.parallel.compile if config.precision == "bf16" else "off"
-    alone = ParallelConfig(device="cpu", compile=like)
-    one, routing_one, _ = take_steps(config, vocab, planned, Ranks(0, 1), alone)
+    found, routing, _ = take_steps(config, vocab, planned, Ranks(0, 1), ParallelConfig(device="cpu", compile=like))
+    return found, routing
+
+
+def compare(case, alone, ranks, seen):
+    """One case: how far two ranks are from one."""
+    config, vocab, planned = planned_steps(case)
+    one, routing_one = alone
     for kinds in seen.values():
         kinds.clear()
     two, routing_two, model = take_steps(config, vocab, planned, ranks, config.parallel)
@@ -168,12 +182,20 @@ def main(tasks, out: Path) -> None:
     distributed.BUCKET = 5000  # several reductions a step, as large models have
     if not tasks["inductor"]:  # the graphs alone, without kernels
         torch.compile = partial(torch.compile, backend="aot_eager")
+    gc.freeze()  # see conftest.py
+    gc.set_threshold(20_000, 20, 20)
     with process_group("cpu") as ranks:
         assert ranks.world == 2
         for command in tasks["runs"]:
             assert train.main(compose("train", command)) == 0
+        own = [steps_alone(case) for case in tasks["cases"][ranks.rank :: 2]]
+        halves: list = [None, None]
+        dist.all_gather_object(halves, own)
+        alone = [halves[number % 2][number // 2] for number in range(len(tasks["cases"]))]
         seen = watch_dtypes()
-        results = {case["name"]: compare(case, ranks, seen) for case in tasks["cases"]}
+        results = {
+            case["name"]: compare(case, one, ranks, seen) for case, one in zip(tasks["cases"], alone, strict=True)
+        }
         gathered = [None, None]
         dist.all_gather_object(gathered, results)
         assert gathered[0] == gathered[1]

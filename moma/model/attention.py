@@ -269,7 +269,7 @@ class Attention(nn.Module):
         if not self.qk_norm:
             return x_RHLA
         x_RHLA, size = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32)), (self.head_dim,)
-        weight, bias = self.qk_norm[f"{name}_weight"], self.qk_norm[f"{name}_bias"]
+        weight, bias = (self.qk_norm[f"{name}_{leaf}"].to(x_RHLA.dtype) for leaf in ("weight", "bias"))
         if weight.numel() == self.head_dim:
             return F.layer_norm(x_RHLA, size, weight.view(size), bias.view(size), self.norm_eps)
         if self.n_modalities is not None:
