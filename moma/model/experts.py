@@ -205,7 +205,8 @@ def _gated_backward(
     """
     if not _in_parts(h_SF):
         a, dh1, dh3, dgate = _gate_rows_backward(h_SF, gate_S, da_SF, one)
-        return a.to(h_SF.dtype), torch.cat([dh1, dh3], 1).to(h_SF.dtype), dgate
+        dh_SF = torch.cat([dh1.to(h_SF.dtype), dh3.to(h_SF.dtype)], 1)  # a compiler would write it in fp32 first
+        return a.to(h_SF.dtype), dh_SF, dgate
     a_SF, dh_SF = torch.empty_like(da_SF), torch.empty_like(h_SF)
     dgate_S = None if gate_S is None else torch.empty_like(gate_S)
     dh1_SF, dh3_SF = dh_SF.chunk(2, dim=-1)
