@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent and loads strictly; a resumed run equals the whole one bit by bit."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -12,12 +13,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from moma import checkpoint
 from moma.checkpoint import (
@@ -510,7 +513,7 @@ class Call:
 
 def replace_metadata(folder: Path, content: Any) -> None:
     """Put another pickle in, and its size into meta.json, as whoever means harm would."""
-    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    (folder / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"][".metadata"] = (folder / ".metadata").stat().st_size
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -530,6 +533,31 @@ def test_metadata_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path
     with pytest.raises(ValueError):
         load(folder, state)
     assert not mark.exists()
+
+
+class OldPickler(pickle.Pickler):
+    """Members of enumerations as Python 3.11.2 writes them, and 3.11.7 does not: getattr(class, name)."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_metadata_of_an_older_python_is_read(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.arange(3.0)}}
+    folder = save(tmp_path, 0, state, {}, keep_last=1)
+    buffer = io.BytesIO()
+    OldPickler(buffer).dump(pickle.loads((folder / ".metadata").read_bytes()))
+    assert b"getattr" in buffer.getvalue()
+    replace_metadata(folder, buffer.getvalue())
+    assert torch.equal(read_tensors(folder, "model")["w"], state["model"]["w"])
+
+
+@pytest.mark.parametrize("of", [(torch.Size, "mro"), (Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__members__")])
+def test_only_members_of_enumerations_are_looked_up(tmp_path: Path, of: tuple[type, str]) -> None:
+    folder = save(tmp_path, 0, {"model": {"w": torch.ones(2)}}, {}, keep_last=1)
+    replace_metadata(folder, {"x": Call(getattr, *of)})
+    with pytest.raises(ValueError, match=r"that names builtins\.getattr, need only what .*do not load it$"):
+        read_tensors(folder, "model")
 
 
 def test_metadata_of_another_kind_is_damage(tmp_path: Path) -> None:

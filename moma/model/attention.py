@@ -169,7 +169,8 @@ def at_tokens(position: Tensor | Rotation, token_K: Tensor) -> Tensor | Rotation
 
 
 def rotate(x_RHLA: Tensor, turn: Rotation) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); in at least fp32."""
+    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); computed and returned in at
+    least fp32."""
     x_RHLA = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32))
     a, b = x_RHLA.chunk(2, dim=-1)
     return torch.addcmul(x_RHLA * turn.cos, torch.cat([b, a], dim=-1), turn.sin)
@@ -270,7 +271,7 @@ class Attention(nn.Module):
             return x_RHLA
         x_RHLA, size = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32)), (self.head_dim,)
         weight, bias = (self.qk_norm[f"{name}_{leaf}"].to(x_RHLA.dtype) for leaf in ("weight", "bias"))
-        if weight.numel() == self.head_dim:
+        if self.n_modalities is None and weight.numel() == self.head_dim:
             return F.layer_norm(x_RHLA, size, weight.view(size), bias.view(size), self.norm_eps)
         if self.n_modalities is not None:
             weight, bias = (gains_by_modality(p, groups, len(x_RHLA)) for p in (weight, bias))
