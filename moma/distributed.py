@@ -131,7 +131,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 @contextlib.contextmanager
 def fast_float32(device: torch.device) -> Iterator[None]:
     """Let oneDNN do large fp32 matmuls on a CPU where MKL, torch's own choice, leaves half of the vectors idle: AMD
-    with AVX-512 (twice the FLOP/s on Zen 5; below some 100 rows, as in decoding, MKL is the faster).
+    with AVX-512 (twice the FLOP/s on Zen 5; MKL is the faster for single rows, as in decoding, and for products as
+    small as 64 x 64 x 64).
 
     torch hands fp32 matmuls to oneDNN where it may round to bf16, and without matrix tiles (AMX) oneDNN has no such
     kernel: all stays fp32, which `_onednn_keeps_float32` makes sure of. Process-wide, and undone on leaving.

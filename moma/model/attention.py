@@ -169,8 +169,7 @@ def at_tokens(position: Tensor | Rotation, token_K: Tensor) -> Tensor | Rotation
 
 
 def rotate(x_RHLA: Tensor, turn: Rotation) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); computed and returned in at
-    least fp32."""
+    """Rotary position embedding (arXiv 2104.09864), pairs (a, a + A/2); in and out in at least fp32."""
     x_RHLA = x_RHLA.to(torch.promote_types(x_RHLA.dtype, torch.float32))
     a, b = x_RHLA.chunk(2, dim=-1)
     return torch.addcmul(x_RHLA * turn.cos, torch.cat([b, a], dim=-1), turn.sin)

@@ -18,7 +18,16 @@ from moma.model.block import RMSNorm
 from moma.model.feed_forward import CAUSAL_MODES, DenseConfig, DenseFeedForward, SparseConfig, build_feed_forward
 from moma.model.routing import SELECTIONS, Group
 from moma.model.routing.expert_choice import ExpertChoiceConfig
-from moma.model.slots import GatherSum, combine, dispatch, gather_sum, slots_of_tokens
+from moma.model.slots import (
+    BAGGED,
+    GatherSum,
+    _sum_bags,
+    combine,
+    dispatch,
+    gather_sum,
+    plain_gather_sum,
+    slots_of_tokens,
+)
 
 LAYERS_ONLY = True
 DIM, HIDDEN = 6, 5
@@ -553,10 +562,30 @@ def test_dispatch_and_combine_gradients():
     assert torch.autograd.gradcheck(lambda y: combine(y, slots_TC, token_S), y_SD)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 4), (6, 3), (40, 8)])
+def test_gather_sum_is_a_loop_below_and_above_the_bound_of_bags(shape, dtype):
+    """Up to FEW entries columns are added one by one, above it CPUs take embedding bags; both are called here too."""
+    source = torch.Generator().manual_seed(0)
+    x_ID, index_OC = torch.randn(9, 5, generator=source).to(dtype), torch.randint(-1, 9, shape, generator=source)
+    index_OC[1:2] = -1  # nothing to add
+    wanted_OD = torch.zeros(len(index_OC), 5, dtype=torch.float64)
+    for row, entries in enumerate(index_OC.tolist()):
+        for entry in entries:
+            if entry >= 0:
+                wanted_OD[row] += x_ID[entry].double()
+    ways = [gather_sum, plain_gather_sum, *([_sum_bags] if dtype in BAGGED else [])]
+    for way in ways:
+        got_OD = way(x_ID, index_OC)
+        assert got_OD.dtype == dtype and not got_OD[1:2].any()
+        torch.testing.assert_close(got_OD.double(), wanted_OD, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_gather_sum_adds_bf16_in_fp32():
     x_ID = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16()  # 256 + 1 is 256 in bf16
     assert gather_sum(x_ID, torch.tensor([[0, 1, 2]])).item() == 258
     assert gather_sum(x_ID, torch.tensor([[0, 1, 2]])).dtype == torch.bfloat16
+    assert _sum_bags(x_ID, torch.tensor([[0, 1, 2]])).item() == 258
 
 
 @pytest.mark.parametrize("mode", CAUSAL_MODES)
